@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/core/tensor_view.hpp>
+#include <sattn/kv/contiguous.hpp>
+#include <sattn/plan/attention_plan.hpp>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <span>
+
+namespace sattn {
+
+struct attention_options {
+  std::optional<float> scale = std::nullopt;  // of the logits; default 1 / sqrt(head_dim)
+  float soft_cap = 0.0f;                      // logits become cap * tanh(logit / cap); 0 = off
+  std::span<const float> sink_logits = {};    // [q_heads] logits that take weight and give 0
+};
+
+/// Where results go: rows, and optionally the natural log of each row's sum of exponentials.
+struct attention_output {
+  tensor_view<float> out;  // [q_len, q_heads, v_dim]
+  tensor_view<float> lse;  // [q_len, q_heads, 1] or empty
+
+  attention_output(tensor_view<float> rows, tensor_view<float> log_sum_exp = {})
+      : out(rows), lse(log_sum_exp) {}
+};
+
+/// One sequence of a batch.
+struct attention_sequence {
+  const attention_plan* plan;
+  tensor_view<const float> q;
+  kv_view<float> kv;
+  attention_output output;
+};
+
+namespace detail {
+
+inline constexpr index_t max_head_dim = 1024;
+
+inline void check_options(const attention_options& options) {
+  require(std::isfinite(options.scale.value_or(1.0f)), "attend: scale ",
+          options.scale.value_or(1.0f), " is not finite");
+  require(std::isfinite(options.soft_cap) && options.soft_cap >= 0.0f, "attend: soft_cap ",
+          options.soft_cap, ", expected a finite number >= 0");
+  for (const float logit : options.sink_logits) {
+    require(!std::isnan(logit), "attend: a sink logit is NaN");
+  }
+}
+
+inline void check_same(const char* what, index_t got, const char* other, index_t expected) {
+  require(got == expected, "attend: ", what, " is ", got, ", ", other, " is ", expected);
+}
+
+inline void check_sequence(const attention_sequence& s, const attention_options& options) {
+  require(s.plan != nullptr, "attend: null plan");
+  check_view("q", s.q);
+  check_view("k", s.kv.k);
+  check_view("v", s.kv.v);
+  check_writable("out", s.output.out);
+  const attention_shape& shape = s.plan->shape();
+  check_same("q tokens", s.q.tokens, "the plan's q_len", shape.q_len);
+  check_same("q heads", s.q.heads, "the plan's q_heads", shape.q_heads);
+  check_same("k tokens", s.kv.k.tokens, "the plan's kv_len", shape.kv_len);
+  check_same("k heads", s.kv.k.heads, "the plan's kv_heads", shape.kv_heads);
+  check_same("v tokens", s.kv.v.tokens, "k tokens", s.kv.k.tokens);
+  check_same("v heads", s.kv.v.heads, "k heads", s.kv.k.heads);
+  check_same("k dim", s.kv.k.dim, "q dim", s.q.dim);
+  check_same("out tokens", s.output.out.tokens, "q tokens", s.q.tokens);
+  check_same("out heads", s.output.out.heads, "q heads", s.q.heads);
+  check_same("out dim", s.output.out.dim, "v dim", s.kv.v.dim);
+  require(s.q.dim >= 1 && s.kv.v.dim >= 1, "attend: head_dim ", s.q.dim, " and v_dim ",
+          s.kv.v.dim, " must be positive");
+  require<unsupported>(s.q.dim <= max_head_dim && s.kv.v.dim <= max_head_dim, "attend: head_dim ",
+                       s.q.dim, " and v_dim ", s.kv.v.dim, ", at most ", max_head_dim);
+  if (s.output.lse.data != nullptr) {
+    check_writable("lse", s.output.lse);
+    check_same("lse tokens", s.output.lse.tokens, "q tokens", s.q.tokens);
+    check_same("lse heads", s.output.lse.heads, "q heads", s.q.heads);
+    check_same("lse dim", s.output.lse.dim, "one value a row", 1);
+  }
+  require(options.sink_logits.empty() || std::ssize(options.sink_logits) == s.q.heads,
+          "attend: ", options.sink_logits.size(), " sink logits for ", s.q.heads, " q heads");
+}
+
+/// Outputs may share memory with nothing, inputs with each other.
+inline void check_aliasing(std::span<const attention_sequence> sequences) {
+  const auto check = [](const char* name, const tensor_view<float>& out, const char* other_name,
+                        const auto& other) {
+    require(!may_overlap(out, other), "attend: ", name, " overlaps ", other_name);
+  };
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    const attention_output& o = sequences[i].output;
+    check("out", o.out, "lse", o.lse);
+    for (std::size_t j = 0; j < sequences.size(); ++j) {
+      const attention_sequence& s = sequences[j];
+      for (const auto& [name, view] : {std::pair{"out", o.out}, std::pair{"lse", o.lse}}) {
+        check(name, view, "q", s.q);
+        check(name, view, "k", s.kv.k);
+        check(name, view, "v", s.kv.v);
+        if (i != j) {
+          check(name, view, "the out of another sequence", s.output.out);
+          check(name, view, "the lse of another sequence", s.output.lse);
+        }
+      }
+    }
+  }
+}
+
+// What the kernels are given for one sequence, derived once.
+struct logit_options {
+  float pack_scale;  // multiplies the queries
+  float soft_cap;
+  std::span<const float> sinks;
+
+  logit_options(const attention_options& options, index_t head_dim)
+      : pack_scale(options.scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)))),
+        soft_cap(options.soft_cap),
+        sinks(options.sink_logits) {
+    if (soft_cap != 0.0f) pack_scale /= soft_cap;
+  }
+  float sink(index_t q_head) const {
+    return sinks.empty() ? -std::numeric_limits<float>::infinity()
+                         : sinks[static_cast<std::size_t>(q_head)];
+  }
+};
+
+}  // namespace detail
+
+}  // namespace sattn

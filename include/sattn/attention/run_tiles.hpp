@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/attention/checks.hpp>
+#include <sattn/attention/work.hpp>
+#include <sattn/kernel/kernel_table.hpp>
+#include <sattn/plan/tile_cursor.hpp>
+
+#include <algorithm>
+#include <array>
+
+namespace sattn::detail {
+
+/// How the tile kernel runs one sequence. A task is one tile of one kv head, with as many of the
+/// query heads that share its list as the packed queries of fit the second-level cache.
+struct tile_work {
+  static constexpr index_t cached_bytes = 160 * 1024;
+
+  index_t head_dim;
+  index_t v_dim;
+  lane_layout lanes;
+  index_t sharing;         // query heads of one list within one kv head
+  index_t blocks_per_tile; // lane blocks of 16 rows along the tile
+  index_t heads_per_task;  // a multiple of lanes.heads, or all
+  index_t tasks_per_list;
+  index_t lists;           // kv heads, or query heads where each has a list of its own
+  index_t tiles;
+
+  explicit tile_work(const attention_sequence& s)
+      : head_dim(s.q.dim), v_dim(s.kv.v.dim), lanes(s.plan->layout()),
+        sharing(s.plan->sharing_heads()),
+        blocks_per_tile(ceil_div(s.plan->grid().rows, sub_tile_rows)),
+        lists(sharing == 0 ? 0 : s.plan->shape().q_heads / sharing), tiles(s.plan->tiles()) {
+    const index_t block_bytes = lane_block_floats(head_dim, v_dim) * index_t{sizeof(float)};
+    const index_t fit = std::max<index_t>(1, cached_bytes / (block_bytes * blocks_per_tile));
+    heads_per_task = std::min(sharing, fit * lanes.heads);
+    tasks_per_list = sharing == 0 ? 0 : ceil_div(sharing, heads_per_task);
+  }
+
+  index_t tasks() const { return tiles * lists * tasks_per_list; }
+  index_t blocks() const {
+    return ceil_div(heads_per_task, lanes.heads) * blocks_per_tile;
+  }
+  std::size_t scratch_bytes() const {
+    return key_scratch::bytes() +
+           static_cast<std::size_t>(chunk_keys * tile_lanes +
+                                    blocks() * lane_block_floats(head_dim, v_dim)) *
+               sizeof(float);
+  }
+};
+
+/// Calls f(lane, row, head) for the lanes of a block that hold a row of a head; rows and heads
+/// count from the first of the task.
+template <class F>
+void for_each_lane(const tile_work& work, index_t block, index_t rows, index_t heads, F&& f) {
+  const index_t first_head = block / work.blocks_per_tile * work.lanes.heads;
+  const index_t first_row = block % work.blocks_per_tile * sub_tile_rows;
+  for (index_t h = 0; h < std::min(work.lanes.heads, heads - first_head); ++h) {
+    for (index_t r = 0; r < std::min(work.lanes.rows, rows - first_row); ++r) {
+      f(h * work.lanes.rows + r, first_row + r, first_head + h);
+    }
+  }
+}
+
+/// One tile, one kv head, some of its query heads: all their keys, then the rows of the output.
+inline void run_tile(const attention_sequence& s, const tile_work& work,
+                     const logit_options& logits, const kernel_table& kernels, index_t task,
+                     scratch_arena scratch) {
+  const attention_plan& plan = *s.plan;
+  // The last tiles have the most keys under a causal domain, so they go first.
+  const index_t tile = work.tiles - 1 - task / (work.lists * work.tasks_per_list);
+  const index_t list = task / work.tasks_per_list % work.lists;
+  const index_t first_head =
+      list * work.sharing + task % work.tasks_per_list * work.heads_per_task;
+  const index_t heads =
+      std::min(work.heads_per_task, (list + 1) * work.sharing - first_head);
+  const key_range tile_rows = plan.grid().row_range(tile, plan.shape().q_len);
+  const index_t rows = tile_rows.size();
+  const index_t kv_head = first_head / plan.shape().group_size();
+
+  key_scratch& keys = *scratch.take<key_scratch>(1);
+  float* const scores = scratch.take<float>(chunk_keys * tile_lanes);
+  const index_t block_floats = lane_block_floats(work.head_dim, work.v_dim);
+  const index_t blocks = ceil_div(heads, work.lanes.heads) * work.blocks_per_tile;
+  const index_t row_blocks = ceil_div(rows, sub_tile_rows);
+  float* const state = scratch.take<float>(blocks * block_floats);
+
+  for (index_t b = 0; b < blocks; ++b) {
+    if (b % work.blocks_per_tile >= row_blocks) continue;
+    pack_args pack{{}, work.head_dim, work.v_dim, logits.pack_scale, state + b * block_floats};
+    for_each_lane(work, b, rows, heads, [&](index_t lane, index_t row, index_t head) {
+      pack.q_rows[lane] = s.q.row(tile_rows.begin + row, first_head + head);
+    });
+    kernels.pack_queries(pack);
+  }
+
+  tile_cursor cursor(plan, plan.head_of(first_head), tile, work.lanes.rows,
+                     {0, static_cast<token_t>(plan.shape().kv_len)});
+  while (cursor.next(keys.chunk)) {
+    keys.locate_rows(s.kv, kv_head);
+    bool prefetch = true;  // the first block to touch the chunk brings it in
+    for (index_t b = 0; b < blocks; ++b) {
+      const index_t sub = b % work.blocks_per_tile;
+      if (sub >= row_blocks) continue;
+      const key_chunk::sub_tile& part = keys.chunk.sub[static_cast<std::size_t>(sub)];
+      if (part.begin == part.end) continue;
+      kernels.attend_tile({
+          .k_rows = keys.k_rows.data() + part.begin,
+          .v_rows = keys.v_rows.data() + part.begin,
+          .count = part.end - part.begin,
+          .masks = part.masked
+                       ? keys.chunk.masks[static_cast<std::size_t>(sub)].data() + part.begin
+                       : nullptr,
+          .head_dim = work.head_dim,
+          .v_dim = work.v_dim,
+          .soft_cap = logits.soft_cap,
+          .prefetch = prefetch,
+          .block = state + b * block_floats,
+          .scores = scores,
+      });
+      prefetch = false;
+    }
+  }
+
+  for (index_t b = 0; b < blocks; ++b) {
+    if (b % work.blocks_per_tile >= row_blocks) continue;
+    finish_args finish{state + b * block_floats, work.head_dim, work.v_dim, {}, {}, {}};
+    std::fill_n(finish.sink_logit, tile_lanes, -std::numeric_limits<float>::infinity());
+    for_each_lane(work, b, rows, heads, [&](index_t lane, index_t row, index_t head) {
+      const index_t token = tile_rows.begin + row;
+      finish.out_rows[lane] = s.output.out.row(token, first_head + head);
+      if (s.output.lse.data != nullptr) {
+        finish.lse[lane] = s.output.lse.row(token, first_head + head);
+      }
+      finish.sink_logit[lane] = logits.sink(first_head + head);
+    });
+    kernels.finish_tile(finish);
+  }
+}
+
+}  // namespace sattn::detail

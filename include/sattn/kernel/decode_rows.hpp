@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/kernel/kernel_args.hpp>
+#include <sattn/kernel/prefill_tile.hpp>
+#include <sattn/simd/exp.hpp>
+
+// A few query rows against chunks of keys, with the head dimension in the lanes: for decoding and
+// for lists that belong to a single row, where 16 query lanes would stand mostly empty. Rows of K
+// and V are streamed once for up to four query rows.
+
+namespace sattn::kernel {
+
+/// scores[n][key] = q[n] . k[key] for Keys keys and Queries query rows.
+template <class Arch, int Keys, int Queries>
+SATTN_NOINLINE void qk_rows(const float* const* k_rows, const float* q, index_t q_stride,
+                            index_t head_dim, float* SATTN_RESTRICT scores) noexcept {
+  using V = simd::vec<Arch>;
+  constexpr index_t width = V::width;
+  V acc[Keys][Queries];
+  simd::unroll<Keys>([&](auto k) SATTN_INLINE_LAMBDA {
+    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA { acc[k][n] = V::zero(); });
+  });
+  index_t i = 0;
+  SATTN_NO_UNROLL
+  for (; i + width <= head_dim; i += width) {
+    V row[Keys];
+    simd::unroll<Keys>([&](auto k) SATTN_INLINE_LAMBDA { row[k] = V::load(k_rows[k] + i); });
+    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+      const V x = V::load_aligned(q + n * q_stride + i);
+      simd::unroll<Keys>(
+          [&](auto k) SATTN_INLINE_LAMBDA { acc[k][n] = simd::fma(x, row[k], acc[k][n]); });
+    });
+  }
+  if (i < head_dim) {
+    simd::unroll<Keys>([&](auto k) SATTN_INLINE_LAMBDA {
+      const V tail = V::load_partial(k_rows[k] + i, head_dim - i);
+      simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+        acc[k][n] = simd::fma(V::load_aligned(q + n * q_stride + i), tail, acc[k][n]);
+      });
+    });
+  }
+  simd::unroll<Keys>([&](auto k) SATTN_INLINE_LAMBDA {
+    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+      scores[n * chunk_keys + k] = simd::reduce_add(acc[k][n]);
+    });
+  });
+}
+
+/// out[n] = out[n] * rescale[n] + sum over keys of p[n][key] v[key], for the Vecs registers of
+/// columns that start at `col`; the last `tail` columns alone when it is not 0.
+template <class Arch, int Vecs, int Queries, bool Tail>
+SATTN_NOINLINE void pv_rows(const float* const* v_rows, index_t col, index_t tail, index_t count,
+                            const float* p, const float* rescale, float* SATTN_RESTRICT out,
+                            index_t out_stride) noexcept {
+  using V = simd::vec<Arch>;
+  constexpr index_t width = V::width;
+  V acc[Queries][Vecs];
+  simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+    const V factor = V::broadcast(rescale[n]);
+    simd::unroll<Vecs>([&](auto c) SATTN_INLINE_LAMBDA {
+      acc[n][c] = V::load_aligned(out + n * out_stride + col + c * width) * factor;
+    });
+  });
+  SATTN_NO_UNROLL
+  for (index_t key = 0; key < count; ++key) {
+    const float* v = v_rows[key] + col;
+    V row[Vecs];
+    simd::unroll<Vecs>([&](auto c) SATTN_INLINE_LAMBDA {
+      row[c] = Tail ? V::load_partial(v, tail) : V::load(v + c * width);
+    });
+    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+      const V x = V::broadcast(p[n * chunk_keys + key]);
+      simd::unroll<Vecs>(
+          [&](auto c) SATTN_INLINE_LAMBDA { acc[n][c] = simd::fma(x, row[c], acc[n][c]); });
+    });
+  }
+  simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+    simd::unroll<Vecs>([&](auto c) SATTN_INLINE_LAMBDA {
+      acc[n][c].store_aligned(out + n * out_stride + col + c * width);
+    });
+  });
+}
+
+/// One row of scores: soft cap, mask, softmax against the running maximum. Returns the factor of
+/// what was accumulated before.
+template <class Arch>
+SATTN_NOINLINE float softmax_row(const rows_args& args, index_t query, float* SATTN_RESTRICT s,
+                                 float* SATTN_RESTRICT max_and_sum) noexcept {
+  using V = simd::vec<Arch>;
+  constexpr index_t width = V::width;
+  const float minus_inf = -__builtin_inff();
+  const index_t padded = (args.count + width - 1) / width * width;
+  if (args.soft_cap != 0.0f) {
+    const V cap = V::broadcast(args.soft_cap);
+    for (index_t i = args.count; i < padded; ++i) s[i] = 0.0f;
+    for (index_t i = 0; i < padded; i += width) {
+      (cap * simd::tanh(V::load_aligned(s + i))).store_aligned(s + i);
+    }
+  }
+  if (args.masks != nullptr) {
+    const int bit = args.mask_bit[query];
+    for (index_t i = 0; i < args.count; ++i) {
+      if ((args.masks[i] >> bit & 1) == 0) s[i] = minus_inf;
+    }
+  }
+  for (index_t i = args.count; i < padded; ++i) s[i] = minus_inf;
+  V top = V::load_aligned(s);
+  for (index_t i = width; i < padded; i += width) top = simd::max(top, V::load_aligned(s + i));
+  const float chunk_max = simd::reduce_max(top);
+  const float before = max_and_sum[0];
+  const float after = chunk_max > before ? chunk_max : before;
+  const float base = after == minus_inf ? 0.0f : after;
+  V sum = V::zero();
+  const V vec_base = V::broadcast(base);
+  for (index_t i = 0; i < padded; i += width) {
+    const V p = simd::exp_nonpositive(V::load_aligned(s + i) - vec_base);
+    p.store_aligned(s + i);
+    sum = sum + p;
+  }
+  alignas(64) float factor[width];
+  simd::exp_nonpositive(V::broadcast(before - base)).store_aligned(factor);
+  max_and_sum[0] = after;
+  max_and_sum[1] = max_and_sum[1] * factor[0] + simd::reduce_add(sum);
+  return factor[0];
+}
+
+template <class Arch, int Queries>
+SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first) {
+  using V = simd::vec<Arch>;
+  constexpr index_t width = V::width;
+  constexpr int keys = Queries == 4 ? 3 : 4;              // 12, 8 or 4 accumulators
+  constexpr int vecs = Queries == 4 ? 3 : Queries == 2 ? 4 : 8;
+  const index_t q_stride = row_out_floats(args.head_dim);
+  const index_t state_stride = row_state_floats(args.v_dim);
+  const float* const q = args.q + first * q_stride;
+  float* const states = args.states + first * state_stride;
+
+  index_t key = 0;
+  for (; key + keys <= args.count; key += keys) {
+    qk_rows<Arch, keys, Queries>(args.k_rows + key, q, q_stride, args.head_dim, args.scores + key);
+  }
+  for (; key < args.count; ++key) {
+    qk_rows<Arch, 1, Queries>(args.k_rows + key, q, q_stride, args.head_dim, args.scores + key);
+  }
+  float rescale[Queries];
+  for (int n = 0; n < Queries; ++n) {
+    rescale[n] = softmax_row<Arch>(args, first + n, args.scores + n * chunk_keys,
+                                   states + n * state_stride + row_out_floats(args.v_dim));
+  }
+  index_t col = 0;
+  for (; col + vecs * width <= args.v_dim; col += vecs * width) {
+    pv_rows<Arch, vecs, Queries, false>(args.v_rows, col, 0, args.count, args.scores, rescale,
+                                        states, state_stride);
+  }
+  for (; col + width <= args.v_dim; col += width) {
+    pv_rows<Arch, 1, Queries, false>(args.v_rows, col, 0, args.count, args.scores, rescale, states,
+                                     state_stride);
+  }
+  if (col < args.v_dim) {
+    pv_rows<Arch, 1, Queries, true>(args.v_rows, col, args.v_dim - col, args.count, args.scores,
+                                    rescale, states, state_stride);
+  }
+}
+
+/// One chunk of keys for every query row, four (then two, then one) at a time.
+template <class Arch>
+SATTN_NOINLINE void attend_rows(const rows_args& args) noexcept {
+  SATTN_ASSERT(args.count > 0 && args.count <= chunk_keys);
+  index_t first = 0;
+  for (; first + 4 <= args.queries; first += 4) attend_row_group<Arch, 4>(args, first);
+  for (; first + 2 <= args.queries; first += 2) attend_row_group<Arch, 2>(args, first);
+  for (; first < args.queries; ++first) attend_row_group<Arch, 1>(args, first);
+}
+
+/// Combines the partial states of one query row in the order given and writes the row.
+template <class Arch>
+SATTN_NOINLINE void merge_rows(const merge_args& args) noexcept {
+  using V = simd::vec<Arch>;
+  constexpr index_t width = V::width;
+  const index_t at_max = row_out_floats(args.v_dim);
+  const float minus_inf = -__builtin_inff();
+  const auto state = [&](index_t i) SATTN_INLINE_LAMBDA {
+    return args.states + i * args.state_stride;
+  };
+  float top = minus_inf;
+  for (index_t i = 0; i < args.count; ++i) {
+    const float m = state(i)[at_max];
+    top = top > m ? top : m;
+  }
+  const float base = top == minus_inf ? 0.0f : top;
+  const auto weight = [&](index_t i) SATTN_INLINE_LAMBDA {
+    return simd::exp_nonpositive(V::broadcast(state(i)[at_max] - base));
+  };
+  V sum = V::zero();
+  for (index_t i = 0; i < args.count; ++i) {
+    sum = simd::fma(V::broadcast(state(i)[at_max + 1]), weight(i), sum);
+  }
+  const V factor =
+      output_factor(V::broadcast(top), sum, V::broadcast(args.sink_logit));
+  for (index_t col = 0; col < args.v_dim; col += width) {
+    V out = V::zero();
+    for (index_t i = 0; i < args.count; ++i) {
+      out = simd::fma(V::load_aligned(state(i) + col), weight(i), out);
+    }
+    out = out * factor;
+    if (col + width <= args.v_dim) {
+      out.store(args.out + col);
+    } else {
+      out.store_partial(args.out + col, args.v_dim - col);
+    }
+  }
+  if (args.lse != nullptr) {
+    alignas(64) float lane[width];
+    sum.store_aligned(lane);
+    *args.lse = top + __builtin_logf(lane[0]);
+  }
+}
+
+}  // namespace sattn::kernel

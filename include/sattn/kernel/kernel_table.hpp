@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/kernel/kernel_args.hpp>
+#include <sattn/simd/arch.hpp>
+
+namespace sattn {
+
+/// The closed set of kernels for one instruction set. Above this line nothing depends on it.
+/// All are noexcept, allocate nothing and may run on several threads with distinct state.
+struct kernel_table {
+  const char* name;
+  bool (*cpu_supports)();
+
+  // Prefill: 16 query lanes against chunks of keys.
+  void (*pack_queries)(const pack_args&) noexcept;
+  void (*attend_tile)(const tile_args&) noexcept;   // scores, online softmax, values
+  void (*score_tile)(const tile_args&) noexcept;    // scores only, into tile_args::scores
+  void (*finish_tile)(const finish_args&) noexcept;
+
+  // Decode and per-row lists: single query rows against chunks of keys.
+  void (*attend_rows)(const rows_args&) noexcept;
+  void (*merge_rows)(const merge_args&) noexcept;
+};
+
+/// The kernels of one instruction set; defined in kernel_table_impl.hpp.
+template <class Arch>
+const kernel_table& kernels();
+
+}  // namespace sattn

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/kernel/decode_rows.hpp>
+#include <sattn/kernel/kernel_table.hpp>
+#include <sattn/kernel/prefill_tile.hpp>
+#include <sattn/simd/cpu.hpp>
+
+namespace sattn {
+
+// The one list of kernels.
+template <class Arch>
+const kernel_table& kernels() {
+  static constexpr kernel_table table = {
+      Arch::name,
+      &simd::cpu_supports<Arch>,
+      &kernel::pack_queries<Arch>,
+      &kernel::attend_tile<Arch>,
+      &kernel::score_tile<Arch>,
+      &kernel::finish_tile<Arch>,
+      &kernel::attend_rows<Arch>,
+      &kernel::merge_rows<Arch>,
+  };
+  return table;
+}
+
+}  // namespace sattn

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/plan/plan_writer.hpp>
+
+namespace sattn {
+
+/// All legal keys: the baseline of every comparison.
+struct dense {
+  tile_grid grid() const { return {max_tile_rows, 0}; }
+  void emit(const plan_scope& scope, plan_writer& writer) const {
+    writer.columns(0, static_cast<token_t>(scope.shape.kv_len));
+  }
+};
+
+/// The first `count` keys, which softmax uses as a place to put weight.
+/// Source: StreamingLLM (arXiv:2309.17453).
+struct sink {
+  token_t count = 4;
+
+  tile_grid grid() const { return {max_tile_rows, 0}; }
+  /// Throws: shape_error if count is negative. More than kv_len means all.
+  void emit(const plan_scope& scope, plan_writer& writer) const {
+    require(count >= 0, "sink: count ", count, " is negative");
+    writer.columns(0, static_cast<token_t>(std::min<index_t>(count, scope.shape.kv_len)));
+  }
+};
+
+/// The last `size` keys of each row, its own position included.
+struct sliding_window {
+  token_t size = 1024;
+
+  tile_grid grid() const { return {max_tile_rows, 0}; }
+  /// Throws: shape_error if size is negative.
+  void emit(const plan_scope&, plan_writer& writer) const {
+    require(size >= 0, "sliding_window: size ", size, " is negative");
+    writer.distances(0, size);
+  }
+};
+
+}  // namespace sattn

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/core/math.hpp>
+#include <sattn/plan/plan_writer.hpp>
+
+#include <vector>
+
+namespace sattn {
+
+/// A list of keys for every `rows_per_list` query rows: top-k attention, learned indexers.
+///
+/// Row i of set s reads tokens[indptr[r] .. indptr[r + 1]) with
+/// r = s * ceil(q_len / rows_per_list) + i / rows_per_list; any order, duplicates count once.
+/// sets = 1, kv_heads or q_heads.
+/// Throws: shape_error, while planning, if indptr has the wrong length or decreases, or if a key is
+/// outside [0, kv_len).
+struct token_lists {
+  token_t rows_per_list = 1;
+  std::vector<index_t> indptr;
+  std::vector<token_t> tokens;
+  index_t sets = 1;
+
+  index_t heads() const { return sets; }
+  tile_grid grid() const {
+    require(rows_per_list > 0, "token_lists: rows_per_list ", rows_per_list,
+            " must be positive");
+    return {std::min(rows_per_list, max_tile_rows), rows_per_list};
+  }
+  void emit(const plan_scope& scope, plan_writer& writer) const {
+    const index_t lists = ceil_div(scope.shape.q_len, rows_per_list);
+    require(static_cast<index_t>(indptr.size()) == sets * lists + 1, "token_lists: indptr has ",
+            indptr.size(), " entries, expected ", sets, " x ", lists, " + 1");
+    require(indptr.front() == 0 && indptr.back() == static_cast<index_t>(tokens.size()),
+            "token_lists: indptr runs from ", indptr.front(), " to ", indptr.back(),
+            ", expected 0 to ", tokens.size());
+    for (index_t i = 0; i < lists; ++i) {
+      const auto r = static_cast<std::size_t>(scope.pick(sets) * lists + i);
+      require(indptr[r] >= 0 && indptr[r] <= indptr[r + 1] && indptr[r + 1] <= indptr.back(),
+              "token_lists: indptr decreases from ", indptr[r], " to ", indptr[r + 1],
+              " at list ", r);
+      const index_t last_row = std::min((i + 1) * rows_per_list, scope.shape.q_len);
+      for (index_t tile = scope.grid.tiles(i * rows_per_list); tile < scope.grid.tiles(last_row);
+           ++tile) {
+        for (index_t at = indptr[r]; at < indptr[r + 1]; ++at) {
+          const token_t key = tokens[static_cast<std::size_t>(at)];
+          require(key >= 0 && key < scope.shape.kv_len, "token_lists: key ", key, " of list ", r,
+                  ", kv_len is ", scope.shape.kv_len);
+          writer.range(tile, key, key + 1);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace sattn

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/plan/domain.hpp>
+#include <sattn/plan/tile_grid.hpp>
+
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace sattn {
+
+/// `exact`: a row attends to its selected keys and no others. `cover`: every row of a tile attends
+/// to all legal keys of the hull of its tile's diagonals, as MInference's kernel does.
+enum class rounding { exact, cover };
+
+// A tile of 128 rows asks for distances down to -127 when keys may lie ahead of the query.
+inline constexpr index_t distance_bit_offset = 128;
+
+/// The keys of one plan head: the union of two encodings, either of which may be empty.
+struct plan_head {
+  // Structured, for every row alike; O(1) for dense and windows, O(runs) for vertical-slash.
+  std::vector<key_range> distances;  // sorted runs of position - key, disjoint and not touching
+  std::vector<key_range> columns;    // sorted runs of keys, disjoint and not touching
+
+  // Lists, CSR over the tiles of the grid; both pointers are empty or have tiles + 1 entries.
+  std::vector<index_t> range_ptr;
+  std::vector<key_range> ranges;  // sorted per tile, disjoint, two keys or more
+  std::vector<index_t> token_ptr;
+  std::vector<token_t> tokens;  // sorted per tile, outside the ranges
+
+  // Where the keys of a tile are cut for decoding; empty = not at all. CSR over the tiles.
+  std::vector<index_t> split_ptr;
+  std::vector<token_t> splits;  // first position of each split; the first is 0
+
+  // Derived from distances: bit d + distance_bit_offset is set for every selected distance d.
+  std::vector<std::uint64_t> distance_bits;
+
+  void set_distance_bits() {
+    distance_bits.clear();
+    if (distances.empty()) return;
+    const auto bits = static_cast<std::size_t>(distances.back().end + distance_bit_offset);
+    distance_bits.resize(bits / 64 + 2);
+    for (const key_range& run : distances) {
+      for (index_t d = run.begin; d < run.end; ++d) {
+        const auto bit = static_cast<std::size_t>(d + distance_bit_offset);
+        distance_bits[bit / 64] |= std::uint64_t{1} << (bit % 64);
+      }
+    }
+  }
+
+  void clear() {
+    distances.clear();
+    columns.clear();
+    range_ptr.clear();
+    ranges.clear();
+    token_ptr.clear();
+    tokens.clear();
+    split_ptr.clear();
+    splits.clear();
+    distance_bits.clear();
+  }
+};
+
+/// Everything a run needs to know besides the tensors. Plain data: read it, write it to a file,
+/// make one by hand and hand it to attention_plan, which checks it.
+struct plan_data {
+  attention_shape shape;
+  sattn::domain legal;
+  tile_grid grid;
+  sattn::rounding rounding = sattn::rounding::exact;
+  head_map map = head_map::shared;
+  std::vector<plan_head> heads;  // 1, kv_heads or q_heads, by map
+};
+
+constexpr index_t plan_head_count(const attention_shape& shape, head_map map) {
+  if (map == head_map::shared) return shape.q_heads == 0 ? 0 : 1;
+  return map == head_map::per_kv_head ? shape.kv_heads : shape.q_heads;
+}
+
+/// Pairs (query head, row, key), counted over all query heads.
+struct plan_stats {
+  std::int64_t legal = 0;     // allowed by the domain
+  std::int64_t selected = 0;  // attended to
+  std::int64_t executed = 0;  // computed, with what tiles add: masked pairs and empty lanes
+
+  double density_selected() const { return ratio(selected); }
+  double density_executed() const { return ratio(executed); }
+
+ private:
+  double ratio(std::int64_t n) const {
+    return legal == 0 ? 0.0 : static_cast<double>(n) / static_cast<double>(legal);
+  }
+};
+
+/// Which keys each query row attends to. Immutable once made: one plan may serve many calls,
+/// layers and threads at once. Made by plan_prefill and plan_decode, or from data.
+class attention_plan {
+ public:
+  attention_plan() = default;
+
+  /// Derives what can be derived; throws shape_error unless the data keeps its rules.
+  explicit attention_plan(plan_data data);
+
+  const plan_data& data() const { return data_; }
+  const attention_shape& shape() const { return data_.shape; }
+  const tile_grid& grid() const { return data_.grid; }
+
+  index_t heads() const { return plan_head_count(data_.shape, data_.map); }
+  const plan_head& head(index_t i) const { return data_.heads[static_cast<std::size_t>(i)]; }
+  /// The plan head of a query head.
+  index_t head_of(index_t q_head) const {
+    if (data_.map == head_map::shared) return 0;
+    return data_.map == head_map::per_q_head ? q_head : q_head / data_.shape.group_size();
+  }
+  /// Query heads of one kv head that share a list.
+  index_t sharing_heads() const {
+    return data_.map == head_map::per_q_head ? 1 : data_.shape.group_size();
+  }
+  index_t tiles() const { return data_.grid.tiles(data_.shape.q_len); }
+  lane_layout layout() const;
+
+  /// Number of splits of a tile, 1 where nothing is cut.
+  index_t splits(index_t head, index_t tile) const;
+  /// Key positions of one split.
+  key_range split_range(index_t head, index_t tile, index_t split) const;
+  bool has_splits() const;
+
+  /// Pairs legal, selected and executed. Cost: one walk over every tile's keys, a small share of a
+  /// run; nothing is cached.
+  plan_stats stats() const;
+
+  /// Throws shape_error when the data breaks a rule; holds for every plan that the library makes.
+  void validate() const;
+
+  /// Memory of the plan's arrays in bytes, by what they hold.
+  std::size_t bytes() const;
+
+ private:
+  // Planning fills a plan in place, so that a decode loop reaches a steady state without allocation.
+  friend struct plan_access;
+  plan_data data_;
+};
+
+inline lane_layout attention_plan::layout() const {
+  lane_layout layout(data_.grid, sharing_heads());
+  if (has_splits()) layout.single_rows = true;  // only row states can be merged
+  return layout;
+}
+
+inline bool attention_plan::has_splits() const {
+  return heads() > 0 && !head(0).split_ptr.empty();
+}
+
+inline index_t attention_plan::splits(index_t head_index, index_t tile) const {
+  const plan_head& h = head(head_index);
+  if (h.split_ptr.empty()) return 1;
+  const auto t = static_cast<std::size_t>(tile);
+  return h.split_ptr[t + 1] - h.split_ptr[t];
+}
+
+inline key_range attention_plan::split_range(index_t head_index, index_t tile,
+                                             index_t split) const {
+  const plan_head& h = head(head_index);
+  const auto kv_len = static_cast<token_t>(data_.shape.kv_len);
+  if (h.split_ptr.empty()) return {0, kv_len};
+  const index_t at = h.split_ptr[static_cast<std::size_t>(tile)] + split;
+  const bool last = at + 1 == h.split_ptr[static_cast<std::size_t>(tile) + 1];
+  return {h.splits[static_cast<std::size_t>(at)],
+          last ? kv_len : h.splits[static_cast<std::size_t>(at) + 1]};
+}
+
+inline std::size_t attention_plan::bytes() const {
+  std::size_t total = 0;
+  for (index_t i = 0; i < heads(); ++i) {
+    const plan_head& h = head(i);
+    total += (h.distances.size() + h.columns.size() + h.ranges.size()) * sizeof(key_range) +
+             (h.range_ptr.size() + h.token_ptr.size() + h.split_ptr.size()) * sizeof(index_t) +
+             (h.tokens.size() + h.splits.size()) * sizeof(token_t) +
+             h.distance_bits.size() * sizeof(std::uint64_t);
+  }
+  return total;
+}
+
+}  // namespace sattn

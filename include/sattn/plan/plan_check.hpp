@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/plan/attention_plan.hpp>
+#include <sattn/plan/tile_cursor.hpp>
+
+#include <bit>
+#include <memory>
+
+// What a plan can tell about itself: whether it keeps its rules, and what it costs.
+
+namespace sattn {
+
+namespace detail {
+
+inline void check_ranges(const char* what, index_t head, const std::vector<key_range>& ranges,
+                         index_t begin, index_t end, index_t limit) {
+  require(begin >= 0 && begin <= end && end <= static_cast<index_t>(ranges.size()), "plan: ", what,
+          " of head ", head, ": pointers [", begin, ", ", end, ") into ", ranges.size());
+  index_t previous = -1;
+  for (index_t i = begin; i < end; ++i) {
+    const key_range r = ranges[static_cast<std::size_t>(i)];
+    require(!r.empty() && r.begin >= 0 && r.end <= limit, "plan: ", what, " [", r.begin, ", ",
+            r.end, ") of head ", head, " is empty or leaves [0, ", limit, ")");
+    require(r.begin > previous, "plan: ", what, " [", r.begin, ", ", r.end, ") of head ", head,
+            " touches or precedes one that ends at ", previous);
+    previous = r.end;
+  }
+}
+
+inline void check_pointers(const char* what, index_t head, const std::vector<index_t>& ptr,
+                           index_t tiles, std::size_t size) {
+  if (ptr.empty()) {
+    require(size == 0, "plan: ", size, " ", what, " of head ", head, " without pointers");
+    return;
+  }
+  require(static_cast<index_t>(ptr.size()) == tiles + 1, "plan: ", what, " pointers of head ",
+          head, " have ", ptr.size(), " entries, expected ", tiles, " + 1");
+  require(ptr.front() == 0 && ptr.back() == static_cast<index_t>(size), "plan: ", what,
+          " pointers of head ", head, " run from ", ptr.front(), " to ", ptr.back(), " of ", size);
+  for (std::size_t t = 0; t + 1 < ptr.size(); ++t) {
+    require(ptr[t] <= ptr[t + 1], "plan: ", what, " pointers of head ", head, " decrease at tile ",
+            t);
+  }
+}
+
+}  // namespace detail
+
+inline void attention_plan::validate() const {
+  check_shape(data_.shape, data_.legal);
+  require(data_.grid.rows >= 1 && data_.grid.rows <= max_tile_rows, "plan: tiles of ",
+          data_.grid.rows, " rows, expected 1 to ", max_tile_rows);
+  require(data_.grid.period >= 0, "plan: grid period ", data_.grid.period, " is negative");
+  require(static_cast<index_t>(data_.heads.size()) >= heads(), "plan: ", data_.heads.size(),
+          " heads, expected ", heads());
+  const index_t kv_len = data_.shape.kv_len;
+  const index_t positions = index_t{data_.shape.q_offset} + data_.shape.q_len;
+  for (index_t i = 0; i < heads(); ++i) {
+    const plan_head& h = head(i);
+    detail::check_ranges("distances", i, h.distances, 0, std::ssize(h.distances),
+                         std::max<index_t>(positions, 0));
+    detail::check_ranges("columns", i, h.columns, 0, std::ssize(h.columns), kv_len);
+    detail::check_pointers("range", i, h.range_ptr, tiles(), h.ranges.size());
+    detail::check_pointers("token", i, h.token_ptr, tiles(), h.tokens.size());
+    detail::check_pointers("split", i, h.split_ptr, tiles(), h.splits.size());
+    require(h.split_ptr.empty() == head(0).split_ptr.empty(),
+            "plan: head ", i, " and head 0 differ in having splits");
+    for (index_t t = 0; t < tiles(); ++t) {
+      const auto at = static_cast<std::size_t>(t);
+      if (!h.range_ptr.empty()) {
+        detail::check_ranges("ranges", i, h.ranges, h.range_ptr[at], h.range_ptr[at + 1], kv_len);
+      }
+      if (!h.token_ptr.empty()) {
+        token_t previous = -1;
+        for (index_t k = h.token_ptr[at]; k < h.token_ptr[at + 1]; ++k) {
+          const token_t token = h.tokens[static_cast<std::size_t>(k)];
+          require(token > previous && token < kv_len, "plan: token ", token, " after ", previous,
+                  " in tile ", t, " of head ", i, ", kv_len is ", kv_len);
+          previous = token;
+        }
+      }
+      if (!h.split_ptr.empty()) {
+        require(h.split_ptr[at] < h.split_ptr[at + 1], "plan: tile ", t, " of head ", i,
+                " has no split");
+        token_t previous = -1;
+        for (index_t k = h.split_ptr[at]; k < h.split_ptr[at + 1]; ++k) {
+          const token_t split = h.splits[static_cast<std::size_t>(k)];
+          require(split > previous && (previous >= 0 || split == 0), "plan: split at ", split,
+                  " after ", previous, " in tile ", t, " of head ", i);
+          previous = split;
+        }
+      }
+    }
+  }
+}
+
+inline attention_plan::attention_plan(plan_data data) : data_(std::move(data)) {
+  for (plan_head& h : data_.heads) h.set_distance_bits();
+  validate();
+}
+
+inline plan_stats attention_plan::stats() const {
+  plan_stats stats;
+  const attention_shape& shape = data_.shape;
+  for (index_t row = 0; row < shape.q_len; ++row) {
+    stats.legal += data_.legal.legal(shape.position(row), shape.kv_len).size();
+  }
+  stats.legal *= shape.q_heads;
+  if (heads() == 0) return stats;
+
+  const lane_layout lanes = layout();
+  const index_t sharing = sharing_heads();
+  const auto chunk = std::make_unique<key_chunk>();
+  for (index_t i = 0; i < heads(); ++i) {
+    std::int64_t selected = 0;
+    std::int64_t executed_keys = 0;
+    std::int64_t executed_rows = 0;
+    for (index_t tile = 0; tile < tiles(); ++tile) {
+      tile_cursor cursor(*this, i, tile, sub_tile_rows, {0, static_cast<token_t>(shape.kv_len)});
+      while (cursor.next(*chunk)) {
+        for (index_t s = 0; s < cursor.sub_tiles(); ++s) {
+          const key_chunk::sub_tile& sub = chunk->sub[static_cast<std::size_t>(s)];
+          executed_keys += sub.end - sub.begin;
+          executed_rows += (sub.end - sub.begin) * cursor.sub_rows(s);
+          if (!sub.masked) {
+            selected += (sub.end - sub.begin) * cursor.sub_rows(s);
+            continue;
+          }
+          for (index_t k = sub.begin; k < sub.end; ++k) {
+            selected += std::popcount(
+                chunk->masks[static_cast<std::size_t>(s)][static_cast<std::size_t>(k)]);
+          }
+        }
+      }
+    }
+    // All 16 lanes of a block are computed, whether a row and a head stand in them or not.
+    const index_t heads_of_list = data_.map == head_map::shared ? shape.q_heads : sharing;
+    const index_t blocks = heads_of_list / sharing * ceil_div(sharing, lanes.heads);
+    stats.selected += selected * heads_of_list;
+    stats.executed += lanes.single_rows ? executed_rows * heads_of_list
+                                        : executed_keys * blocks * lane_layout::lanes;
+  }
+  return stats;
+}
+
+}  // namespace sattn

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/plan/attention_plan.hpp>
+
+#include <algorithm>
+#include <exception>
+#include <string_view>
+#include <vector>
+
+namespace sattn {
+
+/// What a pattern is asked for: the keys of one plan head.
+struct plan_scope {
+  attention_shape shape;
+  domain legal;
+  tile_grid grid;
+  head_map map = head_map::shared;
+  index_t head = 0;  // plan head
+
+  index_t kv_head() const {
+    if (map == head_map::per_q_head) return head / shape.group_size();
+    return map == head_map::per_kv_head ? head : 0;
+  }
+
+  /// Which of `count` sets of data belongs to this plan head: the only one, the one of the kv head,
+  /// or the one of the query head.
+  index_t pick(index_t count) const {
+    if (count == 1) return 0;
+    return count == shape.q_heads ? head : kv_head();
+  }
+
+  index_t tiles() const { return grid.tiles(shape.q_len); }
+  /// Query rows [begin, end) of a tile.
+  key_range rows(index_t tile) const { return grid.row_range(tile, shape.q_len); }
+  /// Keys that at least one row of the tile may see.
+  key_range visible(index_t tile) const {
+    const key_range r = rows(tile);
+    return {legal.legal(shape.position(r.begin), shape.kv_len).begin,
+            legal.legal(shape.position(r.end - 1), shape.kv_len).end};
+  }
+};
+
+/// Grow-only lists that planning needs; one per worker, kept from plan to plan.
+struct plan_scratch {
+  struct entry {
+    index_t tile;
+    key_range keys;
+  };
+  std::vector<entry> entries;
+  std::vector<key_range> distances;
+  std::vector<key_range> columns;
+
+  std::exception_ptr failure;  // of the pattern, for head failed_head
+  index_t failed_head = 0;
+};
+
+/// What a pattern writes to. Ranges may come in any order and may overlap: they are sorted and
+/// merged, and clipped to what the domain makes legal. Keys that do not exist are an error.
+class plan_writer {
+ public:
+  plan_writer(const plan_scope& scope, plan_scratch& scratch) : scope_(scope), scratch_(scratch) {
+    scratch_.entries.clear();
+    scratch_.distances.clear();
+    scratch_.columns.clear();
+  }
+
+  /// For every row: the keys at distances [begin, end) behind it; 0 is the row's own position.
+  /// Throws: shape_error if begin < 0. Distances past the first key select nothing.
+  void distances(token_t begin, token_t end) {
+    require(begin >= 0, "plan_writer: distances [", begin, ", ", end, ") begin before 0");
+    if (begin < end) scratch_.distances.push_back({begin, end});
+  }
+
+  /// For every row: the keys [begin, end). Throws: shape_error unless 0 <= begin, end <= kv_len.
+  void columns(token_t begin, token_t end) {
+    check_keys("columns", begin, end);
+    if (begin < end) scratch_.columns.push_back({begin, end});
+  }
+
+  /// For the rows of one tile: the keys [begin, end).
+  /// Throws: shape_error unless the tile exists and 0 <= begin, end <= kv_len.
+  void range(index_t tile, token_t begin, token_t end) {
+    require(tile >= 0 && tile < scope_.tiles(), "plan_writer: tile ", tile, " of ",
+            scope_.tiles());
+    check_keys("range", begin, end);
+    if (begin < end) scratch_.entries.push_back({tile, {begin, end}});
+  }
+
+  /// Sorts, merges and clips into `head`.
+  void finish(plan_head& head);
+
+ private:
+  void check_keys(std::string_view what, token_t begin, token_t end) const {
+    require(begin >= 0 && end <= scope_.shape.kv_len, "plan_writer: ", what, " [", begin, ", ",
+            end, ") of kv_len ", scope_.shape.kv_len);
+  }
+  static void merge_sorted(std::vector<key_range>& ranges);
+  void finish_structure(plan_head& head);
+  void finish_lists(plan_head& head);
+  bool is_dense(const plan_head& head) const;
+
+  const plan_scope& scope_;
+  plan_scratch& scratch_;
+};
+
+/// Which keys each row attends to. A model states them for one plan head at a time:
+///
+///   void emit(const plan_scope& scope, plan_writer& writer) const;
+///
+/// It may be called from several threads at once and must write the same for the same scope. Two
+/// optional members:
+///
+///   index_t heads() const;    // sets of data it holds: 1 (default), kv_heads or q_heads
+///   tile_grid grid() const;   // tiles whose rows share a list; default: every 64 rows
+template <class P>
+concept attention_pattern =
+    requires(const P& pattern, const plan_scope& scope, plan_writer& writer) {
+      pattern.emit(scope, writer);
+    };
+
+template <attention_pattern P>
+index_t pattern_heads(const P& pattern) {
+  if constexpr (requires { pattern.heads(); }) {
+    return pattern.heads();
+  } else {
+    return 1;
+  }
+}
+
+template <attention_pattern P>
+tile_grid pattern_grid(const P& pattern) {
+  if constexpr (requires { pattern.grid(); }) {
+    return pattern.grid();
+  } else {
+    return {};
+  }
+}
+
+/// Sorts by position and joins ranges that overlap or touch.
+inline void plan_writer::merge_sorted(std::vector<key_range>& ranges) {
+  std::sort(ranges.begin(), ranges.end(),
+            [](const key_range& a, const key_range& b) { return a.begin < b.begin; });
+  std::size_t kept = 0;
+  for (const key_range& r : ranges) {
+    if (kept > 0 && r.begin <= ranges[kept - 1].end) {
+      ranges[kept - 1].end = std::max(ranges[kept - 1].end, r.end);
+    } else {
+      ranges[kept++] = r;
+    }
+  }
+  ranges.resize(kept);
+}
+
+inline void plan_writer::finish(plan_head& head) {
+  head.clear();
+  finish_structure(head);
+  finish_lists(head);
+  if (is_dense(head)) {
+    head.clear();
+    if (scope_.shape.kv_len > 0) {
+      head.columns.push_back({0, static_cast<token_t>(scope_.shape.kv_len)});
+    }
+  }
+}
+
+inline void plan_writer::finish_structure(plan_head& head) {
+  // The left window of the domain cuts every row's distances alike, so it is applied here once.
+  index_t limit = scope_.shape.q_len == 0 ? 0 : scope_.shape.position(scope_.shape.q_len - 1) + 1;
+  if (scope_.legal.window > 0) limit = std::min<index_t>(limit, scope_.legal.window);
+  for (key_range r : scratch_.distances) {
+    r.end = static_cast<token_t>(std::min<index_t>(r.end, limit));
+    if (!r.empty()) head.distances.push_back(r);
+  }
+  merge_sorted(head.distances);
+  head.columns.assign(scratch_.columns.begin(), scratch_.columns.end());
+  merge_sorted(head.columns);
+  head.set_distance_bits();
+}
+
+inline void plan_writer::finish_lists(plan_head& head) {
+  auto& entries = scratch_.entries;
+  if (entries.empty()) return;
+  const auto before = [](const plan_scratch::entry& a, const plan_scratch::entry& b) {
+    return a.tile != b.tile ? a.tile < b.tile : a.keys.begin < b.keys.begin;
+  };
+  if (!std::is_sorted(entries.begin(), entries.end(), before)) {
+    std::sort(entries.begin(), entries.end(), before);
+  }
+  std::size_t next = 0;
+  for (index_t tile = 0; tile < scope_.tiles(); ++tile) {
+    head.range_ptr.push_back(static_cast<index_t>(head.ranges.size()));
+    head.token_ptr.push_back(static_cast<index_t>(head.tokens.size()));
+    if (next == entries.size() || entries[next].tile != tile) continue;
+    const key_range visible = scope_.visible(tile);
+    key_range open{};
+    const auto close = [&]() {
+      open = {std::max(open.begin, visible.begin), std::min(open.end, visible.end)};
+      if (open.size() == 1) head.tokens.push_back(open.begin);
+      if (open.size() > 1) head.ranges.push_back(open);
+    };
+    for (; next < entries.size() && entries[next].tile == tile; ++next) {
+      const key_range& r = entries[next].keys;
+      if (open.end > open.begin && r.begin <= open.end) {
+        open.end = std::max(open.end, r.end);
+      } else {
+        close();
+        open = r;
+      }
+    }
+    close();
+  }
+  head.range_ptr.push_back(static_cast<index_t>(head.ranges.size()));
+  head.token_ptr.push_back(static_cast<index_t>(head.tokens.size()));
+}
+
+/// True when every row attends to all of its legal keys: such a head runs as the dense plan does.
+inline bool plan_writer::is_dense(const plan_head& head) const {
+  const auto whole = key_range{0, static_cast<token_t>(scope_.shape.kv_len)};
+  if (head.columns.size() == 1 && head.columns[0] == whole) return true;
+  if (head.distances.size() == 1 && head.distances[0].begin == 0 && scope_.legal.causal &&
+      scope_.legal.prefix == 0 &&
+      (head.distances[0].end > scope_.shape.position(scope_.shape.q_len - 1) ||
+       head.distances[0].end == scope_.legal.window)) {
+    return true;
+  }
+  if (head.range_ptr.empty()) return false;
+  for (index_t tile = 0; tile < scope_.tiles(); ++tile) {
+    const key_range visible = scope_.visible(tile);
+    const auto t = static_cast<std::size_t>(tile);
+    const index_t count = head.range_ptr[t + 1] - head.range_ptr[t];
+    if (visible.size() == 1) {
+      if (head.token_ptr[t + 1] == head.token_ptr[t]) return false;
+    } else if (visible.size() > 1) {
+      if (count != 1 || head.ranges[static_cast<std::size_t>(head.range_ptr[t])] != visible) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace sattn

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/simd/vec.hpp>
+
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+namespace sattn::simd {
+
+/// Transposes a width x width square of registers: lane j of row i becomes lane i of row j.
+/// Written out because xsimd 8.1 has no transpose and its zips work within 128-bit halves on AVX.
+template <class Arch>
+SATTN_ALWAYS_INLINE void transpose(vec<Arch> (&row)[vec<Arch>::width]) {
+  using V = vec<Arch>;
+  constexpr int width = V::width;
+  alignas(64) float square[width][width];
+  unroll<width>([&](auto i) SATTN_INLINE_LAMBDA { row[i].store_aligned(square[i]); });
+  for (int i = 0; i < width; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float t = square[i][j];
+      square[i][j] = square[j][i];
+      square[j][i] = t;
+    }
+  }
+  unroll<width>([&](auto i) SATTN_INLINE_LAMBDA { row[i] = V::load_aligned(square[i]); });
+}
+
+#ifdef __AVX__
+template <>
+SATTN_ALWAYS_INLINE void transpose<arch::avx2>(vec<arch::avx2> (&row)[8]) {
+  __m256 pair[8];
+  unroll<4>([&](auto i) SATTN_INLINE_LAMBDA {
+    pair[2 * i] = _mm256_unpacklo_ps(row[2 * i].reg, row[2 * i + 1].reg);
+    pair[2 * i + 1] = _mm256_unpackhi_ps(row[2 * i].reg, row[2 * i + 1].reg);
+  });
+  __m256 quad[8];
+  unroll<2>([&](auto h) SATTN_INLINE_LAMBDA {
+    constexpr int b = 4 * h;
+    quad[b] = _mm256_shuffle_ps(pair[b], pair[b + 2], 0x44);
+    quad[b + 1] = _mm256_shuffle_ps(pair[b], pair[b + 2], 0xEE);
+    quad[b + 2] = _mm256_shuffle_ps(pair[b + 1], pair[b + 3], 0x44);
+    quad[b + 3] = _mm256_shuffle_ps(pair[b + 1], pair[b + 3], 0xEE);
+  });
+  unroll<4>([&](auto i) SATTN_INLINE_LAMBDA {
+    row[i].reg = _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x20);
+    row[4 + i].reg = _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x31);
+  });
+}
+#endif
+
+}  // namespace sattn::simd

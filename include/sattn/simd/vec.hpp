@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/core/config.hpp>
+#include <sattn/core/types.hpp>
+#include <sattn/simd/arch.hpp>
+
+#include <cstdint>
+#include <utility>
+#include <xsimd/xsimd.hpp>
+
+namespace sattn::simd {
+
+namespace detail {
+template <class Arch>
+struct xsimd_arch;
+template <>
+struct xsimd_arch<arch::sse2> {
+  using type = xsimd::sse2;
+};
+template <>
+struct xsimd_arch<arch::avx2> {
+  using type = xsimd::fma3<xsimd::avx2>;
+};
+template <>
+struct xsimd_arch<arch::avx512> {
+  using type = xsimd::avx512bw;
+};
+}  // namespace detail
+
+/// One register of floats. It holds xsimd's raw register and becomes a batch only inside an
+/// operation: with xsimd 14, arrays of batches as accumulators are spilled by clang.
+template <class Arch>
+struct vec {
+  using batch = xsimd::batch<float, typename detail::xsimd_arch<Arch>::type>;
+  using int_batch = xsimd::batch<std::int32_t, typename detail::xsimd_arch<Arch>::type>;
+  static constexpr int width = static_cast<int>(batch::size);
+
+  typename batch::register_type reg;
+
+  static SATTN_ALWAYS_INLINE vec of(const batch& b) { return {b}; }
+  SATTN_ALWAYS_INLINE batch as_batch() const { return batch(reg); }
+
+  static SATTN_ALWAYS_INLINE vec broadcast(float x) { return of(batch(x)); }
+  static SATTN_ALWAYS_INLINE vec zero() { return broadcast(0.0f); }
+  static SATTN_ALWAYS_INLINE vec load(const float* p) { return of(batch::load_unaligned(p)); }
+  static SATTN_ALWAYS_INLINE vec load_aligned(const float* p) { return of(batch::load_aligned(p)); }
+  SATTN_ALWAYS_INLINE void store(float* p) const { as_batch().store_unaligned(p); }
+  SATTN_ALWAYS_INLINE void store_aligned(float* p) const { as_batch().store_aligned(p); }
+
+  /// The first `count` floats at p, zeros behind them; reads nothing else.
+  static SATTN_ALWAYS_INLINE vec load_partial(const float* p, index_t count) {
+    alignas(64) float buffer[width] = {};
+    for (index_t i = 0; i < count; ++i) buffer[i] = p[i];
+    return load_aligned(buffer);
+  }
+  SATTN_ALWAYS_INLINE void store_partial(float* p, index_t count) const {
+    alignas(64) float buffer[width];
+    store_aligned(buffer);
+    for (index_t i = 0; i < count; ++i) p[i] = buffer[i];
+  }
+
+  friend SATTN_ALWAYS_INLINE vec operator+(vec a, vec b) {
+    return of(a.as_batch() + b.as_batch());
+  }
+  friend SATTN_ALWAYS_INLINE vec operator-(vec a, vec b) {
+    return of(a.as_batch() - b.as_batch());
+  }
+  friend SATTN_ALWAYS_INLINE vec operator*(vec a, vec b) {
+    return of(a.as_batch() * b.as_batch());
+  }
+  friend SATTN_ALWAYS_INLINE vec operator/(vec a, vec b) {
+    return of(a.as_batch() / b.as_batch());
+  }
+};
+
+/// a * b + c, fused where the instruction set has it.
+template <class Arch>
+SATTN_ALWAYS_INLINE vec<Arch> fma(vec<Arch> a, vec<Arch> b, vec<Arch> c) {
+  return vec<Arch>::of(xsimd::fma(a.as_batch(), b.as_batch(), c.as_batch()));
+}
+
+/// The larger lane. With a NaN on either side the result is either side: callers let the NaN pass
+/// through another path (xsimd's operand order differs between versions).
+template <class Arch>
+SATTN_ALWAYS_INLINE vec<Arch> max(vec<Arch> a, vec<Arch> b) {
+  return vec<Arch>::of(xsimd::max(a.as_batch(), b.as_batch()));
+}
+
+template <class Arch>
+SATTN_ALWAYS_INLINE vec<Arch> abs(vec<Arch> a) {
+  return vec<Arch>::of(xsimd::abs(a.as_batch()));
+}
+
+/// x < y ? a : b, lane by lane; a NaN compares false.
+template <class Arch>
+SATTN_ALWAYS_INLINE vec<Arch> select_less(vec<Arch> x, vec<Arch> y, vec<Arch> a, vec<Arch> b) {
+  return vec<Arch>::of(
+      xsimd::select(x.as_batch() < y.as_batch(), a.as_batch(), b.as_batch()));
+}
+
+/// x == y ? a : b, lane by lane; a NaN compares false.
+template <class Arch>
+SATTN_ALWAYS_INLINE vec<Arch> select_equal(vec<Arch> x, vec<Arch> y, vec<Arch> a, vec<Arch> b) {
+  return vec<Arch>::of(
+      xsimd::select(x.as_batch() == y.as_batch(), a.as_batch(), b.as_batch()));
+}
+
+namespace detail {
+template <class Arch, int First>
+struct lane_bit_table {
+  alignas(64) std::int32_t bit[vec<Arch>::width];
+  constexpr lane_bit_table() : bit() {
+    for (int i = 0; i < vec<Arch>::width; ++i) bit[i] = 1 << (First + i);
+  }
+};
+template <class Arch, int First>
+inline constexpr lane_bit_table<Arch, First> lane_bits;
+}  // namespace detail
+
+/// Lane i keeps x where bit (First + i) of the mask is set and becomes `otherwise` elsewhere.
+/// First + width <= 16.
+template <int First, class Arch>
+SATTN_ALWAYS_INLINE vec<Arch> select_bits(std::uint16_t mask, vec<Arch> x, vec<Arch> otherwise) {
+  using ints = typename vec<Arch>::int_batch;
+  constexpr int width = vec<Arch>::width;
+  static_assert(First + width <= 16);
+  // The bit of the lane or 0; both are exact as floats, whose mask selects floats.
+  const auto bits =
+      ints(std::int32_t{mask}) & ints::load_aligned(detail::lane_bits<Arch, First>.bit);
+  const auto clear = xsimd::to_float(bits) == typename vec<Arch>::batch(0.0f);
+  return vec<Arch>::of(xsimd::select(clear, otherwise.as_batch(), x.as_batch()));
+}
+
+template <class Arch>
+SATTN_ALWAYS_INLINE float reduce_add(vec<Arch> a) {
+#if XSIMD_VERSION_MAJOR >= 10
+  return xsimd::reduce_add(a.as_batch());
+#else
+  return xsimd::hadd(a.as_batch());
+#endif
+}
+
+template <class Arch>
+SATTN_ALWAYS_INLINE float reduce_max(vec<Arch> a) {
+  constexpr int width = vec<Arch>::width;
+  alignas(64) float lane[width];
+  a.store_aligned(lane);
+  float best = lane[0];
+  for (int i = 1; i < width; ++i) best = lane[i] > best ? lane[i] : best;
+  return best;
+}
+
+/// Asks for the cache line at p; never faults, whatever the address.
+SATTN_ALWAYS_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
+namespace detail {
+template <class F, int... I>
+SATTN_ALWAYS_INLINE void unroll(F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+}  // namespace detail
+
+/// f(0) ... f(N - 1) with constants as arguments. Mark the lambda SATTN_INLINE_LAMBDA: register
+/// arrays indexed by constants stay in registers on every compiler, loops and pragmas do not.
+template <int N, class F>
+SATTN_ALWAYS_INLINE void unroll(F&& f) {
+  detail::unroll(f, std::make_integer_sequence<int, N>{});
+}
+
+}  // namespace sattn::simd
