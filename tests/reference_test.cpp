@@ -397,9 +397,9 @@ TEST(reference_bound, catches_one_dropped_key_of_fifty) {
   }
 }
 
-// With dense random V the worst case of 4096 additions hides the lightest key; with few keys in
-// each column it does not, because the bound is relative to the column's own terms. Long tests want
-// such V.
+// With dense random V the worst case of 4096 additions hides the lightest key. With few keys in
+// each column, and a large value in the key's row, it shows: the bound follows the column's own
+// terms. Long tests want such V.
 TEST(reference_bound, catches_the_lightest_key_of_4096_when_v_is_sparse) {
   const seed_trace trace;
   constexpr ptrdiff_t kv_len = 4096;

@@ -6,6 +6,10 @@
 #include <sattn/attention/attend.hpp>
 #include <sattn/attention/merge.hpp>
 #include <sattn/attention/plan.hpp>
+#include <sattn/budget/select.hpp>
+#include <sattn/estimate/last_queries.hpp>
+#include <sattn/estimate/pooled_blocks.hpp>
+#include <sattn/estimate/row_scores.hpp>
 #include <sattn/kernel/kernel_table_impl.hpp>
 #include <sattn/pattern/basic.hpp>
 #include <sattn/pattern/block_mask.hpp>

@@ -94,49 +94,48 @@ inline std::size_t workspace_bytes(const context& ctx,
 /// See: examples/01_prefill.cpp, 02_decode.cpp; tests/attention/attend_test.cpp.
 inline void attend(context& ctx, std::span<const attention_sequence> sequences,
                    const attention_options& options = {}) {
-  using namespace detail;  // NOLINT(google-build-using-namespace): of this function's own helpers
-  check_options(options);
-  for (const attention_sequence& s : sequences) check_sequence(s, options);
-  check_aliasing(sequences);
+  detail::check_options(options);
+  for (const attention_sequence& s : sequences) detail::check_sequence(s, options);
+  detail::check_aliasing(sequences);
 
-  const workspace_layout layout(sequences, ctx.executor().concurrency());
+  const detail::workspace_layout layout(sequences, ctx.executor().concurrency());
   const std::span<std::byte> memory = ctx.workspace(layout.total());
-  auto* const starts = reinterpret_cast<sequence_start*>(memory.data());
+  auto* const starts = reinterpret_cast<detail::sequence_start*>(memory.data());
   std::byte* const shared = memory.data() + layout.starts_bytes;
   std::byte* const scratch = shared + layout.shared_bytes;
   starts[0] = {0, 0, 0};
   for (std::size_t i = 0; i < sequences.size(); ++i) {
-    const sequence_work work(sequences[i]);
+    const detail::sequence_work work(sequences[i]);
     starts[i + 1] = {starts[i].task + work.tasks, starts[i].merge_task + work.merge_tasks,
                      starts[i].shared_byte + work.shared_bytes};
   }
-  const sequence_start& end = starts[sequences.size()];
-  const auto sequence_of = [&](index_t task, index_t sequence_start::* member) {
-    const sequence_start* const after = std::upper_bound(
+  const detail::sequence_start& end = starts[sequences.size()];
+  const auto sequence_of = [&](index_t task, index_t detail::sequence_start::* member) {
+    const detail::sequence_start* const after = std::upper_bound(
         starts, starts + sequences.size(), task,
-        [&](index_t t, const sequence_start& start) { return t < start.*member; });
+        [&](index_t t, const detail::sequence_start& start) { return t < start.*member; });
     return static_cast<std::size_t>(after - starts - 1);
   };
   const kernel_table& kernels = ctx.kernel_table();
 
   ctx.executor().parallel_for(end.task, [&](index_t task, index_t worker) {
-    const std::size_t i = sequence_of(task, &sequence_start::task);
+    const std::size_t i = sequence_of(task, &detail::sequence_start::task);
     const attention_sequence& s = sequences[i];
-    const logit_options logits(options, s.q.dim);
-    const scratch_arena arena(
+    const detail::logit_options logits(options, s.q.dim);
+    const detail::scratch_arena arena(
         {scratch + static_cast<std::size_t>(worker) * layout.scratch_bytes, layout.scratch_bytes});
     if (s.plan->layout().single_rows) {
-      run_rows(s, row_work(s), logits, kernels, task - starts[i].task,
+      detail::run_rows(s, detail::row_work(s), logits, kernels, task - starts[i].task,
                reinterpret_cast<float*>(shared + starts[i].shared_byte), arena);
     } else {
-      run_tile(s, tile_work(s), logits, kernels, task - starts[i].task, arena);
+      detail::run_tile(s, detail::tile_work(s), logits, kernels, task - starts[i].task, arena);
     }
   });
   if (end.merge_task == 0) return;
   ctx.executor().parallel_for(end.merge_task, [&](index_t task, index_t) {
-    const std::size_t i = sequence_of(task, &sequence_start::merge_task);
+    const std::size_t i = sequence_of(task, &detail::sequence_start::merge_task);
     const attention_sequence& s = sequences[i];
-    merge_rows(s, row_work(s), logit_options(options, s.q.dim), kernels,
+    detail::merge_rows(s, detail::row_work(s), detail::logit_options(options, s.q.dim), kernels,
                task - starts[i].merge_task,
                reinterpret_cast<const float*>(shared + starts[i].shared_byte));
   });

@@ -21,6 +21,9 @@ struct kernel_table {
   // Decode and per-row lists: single query rows against chunks of keys.
   void (*attend_rows)(const rows_args&) noexcept;
   void (*merge_rows)(const merge_args&) noexcept;
+
+  // Estimators: scores [count] in place to probabilities; all 0 when every score is -inf.
+  void (*softmax)(float* scores, index_t count) noexcept;
 };
 
 /// The kernels of one instruction set; defined in kernel_table_impl.hpp.

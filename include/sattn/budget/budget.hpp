@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/core/error.hpp>
+#include <sattn/core/types.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace sattn {
+
+/// How many units (keys, blocks, distances) to keep. A plain value.
+///
+/// A budget that reaches the number of legal units keeps them all, which runs as dense attention.
+class budget {
+ public:
+  enum class kind { fixed, ratio, coverage };
+
+  /// A count. Throws: shape_error if negative.
+  static budget fixed(index_t count) {
+    require(count >= 0, "budget: fixed ", count, " is negative");
+    return {kind::fixed, static_cast<double>(count)};
+  }
+  /// A share of the legal units, rounded up. Throws: shape_error unless within [0, 1].
+  static budget ratio(double share) {
+    require(share >= 0.0 && share <= 1.0, "budget: ratio ", share, " is outside [0, 1]");
+    return {kind::ratio, share};
+  }
+  /// The fewest units whose scores reach a share of the sum of all scores (top-p). Scores must not
+  /// be negative. Throws: shape_error unless within (0, 1].
+  static budget coverage(double mass) {
+    require(mass > 0.0 && mass <= 1.0, "budget: coverage ", mass, " is outside (0, 1]");
+    return {kind::coverage, mass};
+  }
+
+  /// Bounds of the count, whatever the kind. Throws: shape_error if negative or crossed.
+  budget at_least(index_t count) const {
+    budget b = *this;
+    b.min_ = count;
+    return b.checked();
+  }
+  budget at_most(index_t count) const {
+    budget b = *this;
+    b.max_ = count;
+    return b.checked();
+  }
+
+  kind by() const { return kind_; }
+  double amount() const { return amount_; }
+  index_t clamp(index_t count) const { return std::clamp(count, min_, max_); }
+
+  /// The count for so many legal units; for fixed and ratio budgets.
+  index_t count(index_t legal) const {
+    const double wanted =
+        kind_ == kind::ratio ? std::ceil(amount_ * static_cast<double>(legal)) : amount_;
+    return std::min(clamp(static_cast<index_t>(wanted)), legal);
+  }
+
+ private:
+  budget(kind by, double amount) : kind_(by), amount_(amount) {}
+  const budget& checked() const {
+    require(min_ >= 0 && min_ <= max_, "budget: at least ", min_, " and at most ", max_);
+    return *this;
+  }
+
+  kind kind_;
+  double amount_;
+  index_t min_ = 0;
+  index_t max_ = std::numeric_limits<index_t>::max();
+};
+
+/// Units kept whatever their score: StreamingLLM's sinks, the recent past, a row's own place.
+struct protection {
+  // Whether protected units use up the budget or come on top of it.
+  enum class counting { inside, on_top };
+
+  index_t first = 0;      // the first legal units
+  index_t recent = 0;     // the last legal units
+  bool diagonal = false;  // the units that hold the rows' own positions
+  counting counted = counting::inside;
+};
+
+/// What to keep of a row of scores.
+struct selection {
+  budget amount;
+  protection keep = {};
+};
+
+}  // namespace sattn

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/budget/budget.hpp>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <span>
+#include <vector>
+
+namespace sattn {
+
+/// Chooses units by score, deterministically: higher scores first, lower positions first among
+/// equal ones. Keeps its scratch from call to call; one per thread.
+class selector {
+ public:
+  /// Writes the chosen positions into `chosen`, ascending. Scores of -inf mark units that are not
+  /// legal; NaN counts as the lowest legal score. `diagonal` is the range of units that hold the
+  /// rows' own positions.
+  /// Throws: shape_error if protected counts are negative, or if a coverage budget meets a negative
+  /// score.
+  void choose(std::span<const float> scores, const selection& rule, key_range diagonal,
+              std::vector<token_t>& chosen);
+
+ private:
+  // Orders like (score descending, position ascending) when compared as an integer, descending.
+  static std::uint64_t rank(float score, token_t position) {
+    const auto bits = std::bit_cast<std::uint32_t>(score == 0.0f ? 0.0f : score);  // -0 is 0
+    const std::uint32_t ordered = (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+    const std::uint32_t key = score != score ? 0u : ordered;
+    return std::uint64_t{key} << 32 | (std::numeric_limits<std::uint32_t>::max() -
+                                       static_cast<std::uint32_t>(position));
+  }
+  static token_t position_of(std::uint64_t rank) {
+    return static_cast<token_t>(std::numeric_limits<std::uint32_t>::max() -
+                                static_cast<std::uint32_t>(rank));
+  }
+  index_t covering(std::span<const float> scores, double target);
+
+  std::vector<std::uint64_t> candidates_;
+};
+
+inline void selector::choose(std::span<const float> scores, const selection& rule,
+                             key_range diagonal, std::vector<token_t>& chosen) {
+  const protection& keep = rule.keep;
+  require(keep.first >= 0 && keep.recent >= 0, "selection: protected first ", keep.first,
+          " and recent ", keep.recent, " must not be negative");
+  constexpr float illegal = -std::numeric_limits<float>::infinity();
+  const auto n = static_cast<token_t>(scores.size());
+  index_t legal = 0;
+  for (const float s : scores) legal += s != illegal ? 1 : 0;
+
+  chosen.clear();
+  candidates_.clear();
+  const bool by_mass = rule.amount.by() == budget::kind::coverage;
+  double protected_mass = 0.0;
+  double free_mass = 0.0;
+  index_t seen = 0;
+  for (token_t i = 0; i < n; ++i) {
+    const float score = scores[static_cast<std::size_t>(i)];
+    if (score == illegal) continue;
+    require(!by_mass || !(score < 0.0f), "selection: coverage needs scores >= 0, unit ", i,
+            " has ", score);
+    const bool kept = seen < keep.first || seen >= legal - keep.recent ||
+                      (keep.diagonal && i >= diagonal.begin && i < diagonal.end);
+    ++seen;
+    (kept ? protected_mass : free_mass) += static_cast<double>(score);
+    if (kept) {
+      chosen.push_back(i);
+    } else {
+      candidates_.push_back(rank(score, i));
+    }
+  }
+  const bool inside = keep.counted == protection::counting::inside;
+  const auto kept = std::ssize(chosen);
+  const auto free = std::ssize(candidates_);
+  index_t wanted = 0;
+  if (by_mass) {
+    const double all = inside ? protected_mass + free_mass : free_mass;
+    const double target = rule.amount.amount() * all - (inside ? protected_mass : 0.0);
+    wanted = rule.amount.amount() == 1.0 ? free : covering(scores, target);
+    wanted = inside ? rule.amount.clamp(wanted + kept) - kept : rule.amount.clamp(wanted);
+  } else {
+    wanted = inside ? rule.amount.count(legal) - kept : rule.amount.count(legal);
+  }
+  wanted = std::clamp<index_t>(wanted, 0, free);
+  if (wanted > 0 && wanted < free) {
+    std::nth_element(candidates_.begin(), candidates_.begin() + wanted, candidates_.end(),
+                     std::greater<>());
+  }
+  for (index_t i = 0; i < wanted; ++i) {
+    chosen.push_back(position_of(candidates_[static_cast<std::size_t>(i)]));
+  }
+  std::sort(chosen.begin(), chosen.end());
+}
+
+/// How many of the best candidates reach the target mass; leaves them sorted.
+inline index_t selector::covering(std::span<const float> scores, double target) {
+  std::sort(candidates_.begin(), candidates_.end(), std::greater<>());
+  double mass = 0.0;
+  index_t count = 0;
+  while (count < std::ssize(candidates_) && mass < target) {
+    mass += static_cast<double>(
+        scores[static_cast<std::size_t>(position_of(candidates_[static_cast<std::size_t>(count)]))]);
+    ++count;
+  }
+  return count;
+}
+
+}  // namespace sattn

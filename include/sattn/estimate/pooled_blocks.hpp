@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/budget/select.hpp>
+#include <sattn/estimate/scores.hpp>
+#include <sattn/pattern/block_mask.hpp>
+
+namespace sattn {
+
+struct pooled_block_options {
+  token_t q_block = 64;
+  token_t k_block = 64;
+  bool probabilities = false;  // softmax over each row of blocks: what coverage budgets need
+  logit_rules rules = {};
+};
+
+namespace detail {
+
+/// Means of blocks of rows as [head, block, dim]; the last block is divided by what it holds.
+inline std::vector<float> pool_rows(context& ctx, const tensor_view<const float>& rows,
+                                    token_t block) {
+  const index_t blocks = ceil_div(rows.tokens, block);
+  std::vector<float> means(static_cast<std::size_t>(rows.heads * blocks * rows.dim), 0.0f);
+  ctx.executor().parallel_for(rows.heads * blocks, [&](index_t task, index_t) {
+    const index_t begin = task % blocks * block;
+    const index_t end = std::min<index_t>(begin + block, rows.tokens);
+    float* const mean = means.data() + task * rows.dim;
+    for (index_t t = begin; t < end; ++t) {
+      const float* const row = rows.row(t, task / blocks);
+      for (index_t i = 0; i < rows.dim; ++i) mean[i] += row[i];
+    }
+    for (index_t i = 0; i < rows.dim; ++i) mean[i] /= static_cast<float>(end - begin);
+  });
+  return means;
+}
+
+/// Key blocks that some row of the query block may see.
+inline key_range legal_blocks(const attention_shape& shape, const domain& legal, index_t q_begin,
+                              index_t q_end, token_t k_block) {
+  const token_t begin = legal.legal(shape.position(q_begin), shape.kv_len).begin;
+  const token_t end = legal.legal(shape.position(q_end - 1), shape.kv_len).end;
+  if (begin >= end) return {};
+  return {begin / k_block, static_cast<token_t>(ceil_div(end, k_block))};
+}
+
+}  // namespace detail
+
+/// Scores of blocks of keys for blocks of queries: products of their mean query and mean key,
+/// scaled, or the softmax of them over each row of blocks.
+///
+/// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim]; result
+/// [sets, ceil(q_len / q_block), ceil(kv_len / k_block)], -inf where no pair is legal.
+/// Throws: shape_error if shapes or block sizes do not fit.
+/// Cost: one pass over q and k, then 1 / (q_block * k_block) of dense scores.
+/// Source: Block-Sparse of The Sparse Frontier (arXiv:2504.17768) and MInference
+/// (arXiv:2407.02490); unlike the former, a short last block is divided by its own length.
+inline score_tensor pooled_block_scores(context& ctx, const attention_shape& shape,
+                                        const tensor_view<const float>& q,
+                                        const tensor_view<const float>& k,
+                                        const pooled_block_options& options = {}) {
+  const logit_rules& rules = options.rules;
+  detail::check_estimate("pooled_block_scores", shape, q, k, rules);
+  detail::check_block_sizes("pooled_block_scores", options.q_block, options.k_block);
+  const index_t q_blocks = ceil_div(shape.q_len, options.q_block);
+  const index_t k_blocks = ceil_div(shape.kv_len, options.k_block);
+  const std::vector<float> q_means = detail::pool_rows(ctx, q, options.q_block);
+  const std::vector<float> k_means = detail::pool_rows(ctx, k, options.k_block);
+  const auto pooled_q = hnd(q_means.data(), q_blocks, shape.q_heads, q.dim);
+  const auto pooled_k = hnd(k_means.data(), k_blocks, shape.kv_heads, k.dim);
+
+  score_tensor scores(detail::score_sets(shape, rules.reduce), q_blocks, k_blocks,
+                      detail::not_legal);
+  const index_t tiles = ceil_div(q_blocks, tile_lanes);
+  ctx.executor().parallel_for(scores.sets * tiles, [&](index_t task, index_t) {
+    const index_t set = task / tiles;
+    const index_t first = task % tiles * tile_lanes;
+    const index_t rows = std::min(tile_lanes, q_blocks - first);
+    const key_range heads = detail::heads_of_set(shape, rules.reduce, set);
+    detail::logit_tile logits(ctx.kernel_table(), q.dim, rules);
+    std::vector<float> head_scores(static_cast<std::size_t>(rows * k_blocks));
+    for (index_t head = heads.begin; head < heads.end; ++head) {
+      logits.compute(pooled_q, head, first, rows, pooled_k, head / shape.group_size(),
+                     {0, static_cast<token_t>(k_blocks)}, head_scores.data(), k_blocks);
+      for (index_t r = 0; r < rows; ++r) {
+        const std::span<float> row(head_scores.data() + r * k_blocks,
+                                   static_cast<std::size_t>(k_blocks));
+        const index_t q_begin = (first + r) * options.q_block;
+        const index_t q_end = std::min<index_t>(q_begin + options.q_block, shape.q_len);
+        const key_range legal =
+            detail::legal_blocks(shape, rules.legal, q_begin, q_end, options.k_block);
+        std::fill(row.begin(), row.begin() + legal.begin, detail::not_legal);
+        std::fill(row.begin() + legal.end, row.end(), detail::not_legal);
+        if (options.probabilities) {
+          ctx.kernel_table().softmax(row.data() + legal.begin, legal.size());
+        }
+        detail::join_head(scores.row(set, first + r), row, head - heads.begin, heads.size(),
+                          rules.reduce);
+      }
+    }
+  });
+  return scores;
+}
+
+/// The best blocks of every row of blocks, from any scores [sets, q_blocks, k_blocks].
+///
+/// Protected units count in key blocks; `diagonal` blocks are those that hold the rows' own
+/// positions. Throws: shape_error if the scores do not fit the shape and block sizes.
+inline block_lists select_blocks(const attention_shape& shape, const score_tensor& scores,
+                                 const selection& rule, token_t q_block = 64,
+                                 token_t k_block = 64) {
+  detail::check_block_sizes("select_blocks", q_block, k_block);
+  require(scores.rows == ceil_div(shape.q_len, q_block) &&
+              scores.cols == ceil_div(shape.kv_len, k_block),
+          "select_blocks: scores are [", scores.rows, ", ", scores.cols, "], blocks are [",
+          ceil_div(shape.q_len, q_block), ", ", ceil_div(shape.kv_len, k_block), "]");
+  block_lists lists;
+  lists.q_block = q_block;
+  lists.k_block = k_block;
+  lists.sets = scores.sets;
+  lists.indptr.push_back(0);
+  selector choose;
+  std::vector<token_t> chosen;
+  for (index_t set = 0; set < scores.sets; ++set) {
+    for (index_t i = 0; i < scores.rows; ++i) {
+      const index_t first = index_t{shape.q_offset} + i * q_block;
+      const index_t last =
+          index_t{shape.q_offset} + std::min((i + 1) * q_block, shape.q_len) - 1;
+      key_range own{};
+      if (last >= 0) {
+        own = {static_cast<token_t>(std::max<index_t>(first, 0) / k_block),
+               static_cast<token_t>(last / k_block + 1)};
+      }
+      choose.choose(scores.row(set, i), rule, own, chosen);
+      lists.indices.insert(lists.indices.end(), chosen.begin(), chosen.end());
+      lists.indptr.push_back(std::ssize(lists.indices));
+    }
+  }
+  return lists;
+}
+
+}  // namespace sattn
