@@ -58,10 +58,16 @@ class planning_context {
   sattn::context& get() { return context_; }
 
  private:
-  static constexpr sattn::kernel_table no_kernels = {
-      "none", [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static sattn::kernel_table no_kernels() {
+    sattn::kernel_table table = {};
+    table.name = "none";
+    table.cpu_supports = [] { return true; };
+    return table;
+  }
+
   sattn::serial_executor threads_;
-  sattn::context context_{threads_, no_kernels};
+  sattn::kernel_table kernels_ = no_kernels();
+  sattn::context context_{threads_, kernels_};
 };
 
 template <sattn::attention_pattern P>
@@ -75,17 +81,6 @@ sattn::attention_plan plan_of(const sattn::attention_shape& shape, const P& patt
 inline sattn::attention_shape aligned_shape(index_t q_len, index_t kv_len, index_t q_heads = 1,
                                             index_t kv_heads = 1) {
   return {q_len, kv_len, q_heads, kv_heads, static_cast<token_t>(kv_len - q_len)};
-}
-
-/// What the error thrown by `call` says; empty if it throws none.
-template <class Error = sattn::shape_error, class F>
-std::string error_of(F&& call) {
-  try {
-    call();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return {};
 }
 
 // ---- random plans

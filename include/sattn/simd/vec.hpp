@@ -134,11 +134,13 @@ SATTN_ALWAYS_INLINE vec<Arch> select_bits(std::uint16_t mask, vec<Arch> x, vec<A
 
 template <class Arch>
 SATTN_ALWAYS_INLINE float reduce_add(vec<Arch> a) {
-#if XSIMD_VERSION_MAJOR >= 10
-  return xsimd::reduce_add(a.as_batch());
-#else
-  return xsimd::hadd(a.as_batch());
-#endif
+  // Found by argument-dependent lookup: xsimd 8 calls it hadd, later versions reduce_add.
+  const auto b = a.as_batch();
+  if constexpr (requires { hadd(b); }) {
+    return hadd(b);
+  } else {
+    return reduce_add(b);
+  }
 }
 
 template <class Arch>

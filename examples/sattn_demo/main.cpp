@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// sattn-demo: real attention tensors under sparse patterns at several budgets, against dense
+// attention: how much each computes, how long it takes and what it loses.
+
+#include "layer.hpp"
+#include "masks.hpp"
+#include "measure.hpp"
+#include "progress.hpp"
+#include "report.hpp"
+
+#include <sattn/sattn.hpp>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+namespace fs = std::filesystem;
+
+struct arguments {
+  std::string folder;
+  std::string q, k, v;
+  std::string layer;
+  std::vector<std::string> patterns;
+  std::string masks;
+  int threads = 0;
+  int repeats = 3;
+  bool json = false;
+};
+
+void declare(CLI::App& app, arguments& a) {
+  app.add_option("folder", a.folder, "Folder with NAME_q, NAME_k and NAME_v .safetensors")
+      ->type_name("DIR");
+  CLI::Option* const q = app.add_option("--q", a.q, "Queries [token, head, dim], F16, BF16 or F32");
+  CLI::Option* const k = app.add_option("--k", a.k, "Keys [token, kv head, dim]");
+  CLI::Option* const v = app.add_option("--v", a.v, "Values [token, kv head, dim]");
+  for (CLI::Option* const option : {q, k, v}) option->type_name("FILE");
+  q->needs(k)->needs(v);
+  k->needs(q);
+  v->needs(q);
+  app.add_option("--layer", a.layer, "Name of the layer in the output")->type_name("NAME");
+  app.add_option("--patterns", a.patterns, "Only these, separated by commas")
+      ->delimiter(',')
+      ->check(CLI::IsMember(demo::pattern_names()))
+      ->type_name("LIST");
+  app.add_option("--masks", a.masks, "Draw the masks, one panel for each head, into this PNG file")
+      ->type_name("FILE");
+  app.add_option("--threads", a.threads, "Threads, default all cores")
+      ->check(CLI::Range(1, 4096))
+      ->type_name("N");
+  app.add_option("--repeat", a.repeats, "Runs of which the best counts, default 3")
+      ->check(CLI::Range(1, 1000))
+      ->type_name("N");
+  app.add_flag("--json", a.json, "One JSON object for each line of the table, and nothing else");
+}
+
+std::vector<demo::layer_files> wanted_layers(const arguments& a) {
+  std::vector<demo::layer_files> layers;
+  if (!a.q.empty()) {
+    layers.push_back({fs::path(a.q).stem().string(), a.q, a.k, a.v});
+  } else if (!a.folder.empty()) {
+    layers = demo::find_layers(a.folder);
+  } else {
+    throw std::runtime_error("give a folder, or --q, --k and --v");
+  }
+  if (!a.layer.empty()) {
+    if (layers.size() > 1) {
+      throw std::runtime_error("--layer names one layer, " + a.folder + " has " +
+                               std::to_string(layers.size()));
+    }
+    layers.front().name = a.layer;
+  }
+  return layers;
+}
+
+// One picture per layer: further layers get their name into the file's.
+fs::path picture_file(const arguments& a, const std::string& layer, bool several) {
+  const fs::path file = a.masks;
+  if (!several) return file;
+  return file.parent_path() / (file.stem().string() + "_" + layer + file.extension().string());
+}
+
+void run_layer(sattn::context& ctx, const arguments& a, const demo::layer_files& files,
+               const std::vector<demo::method>& methods, const fs::path& picture) {
+  demo::progress progress;
+  progress.step("reading " + files.name);
+  const demo::layer layer = demo::load_layer(files);
+  progress.step("computing the reference in double");
+  demo::layer_bench bench(ctx, layer, a.repeats);
+
+  std::vector<demo::measurement> all;
+  const auto report = [&](const demo::measurement& m) {
+    progress.done();
+    a.json ? demo::print_json(layer.name, m) : demo::print_line(m);
+    all.push_back(m);
+  };
+  progress.done();
+  if (!a.json) demo::print_heading(layer, ctx, a.repeats);
+  progress.step("dense attention");
+  report(bench.dense());
+  for (const demo::method& m : methods) {
+    progress.step(m.pattern + " " + m.budget);
+    report(bench.run(m));
+  }
+  if (!a.json) demo::print_conclusions(all);
+  if (!picture.empty()) {
+    progress.step("drawing masks");
+    demo::write_masks(picture, ctx, layer, methods);
+    progress.done();
+    std::fprintf(stderr, "sattn-demo: masks are in %s\n", picture.c_str());
+  }
+}
+
+void run(const arguments& a) {
+  const std::vector<demo::layer_files> layers = wanted_layers(a);
+  std::vector<demo::method> methods = demo::all_methods();
+  std::erase_if(methods, [&](const demo::method& m) {
+    return !a.patterns.empty() &&
+           std::find(a.patterns.begin(), a.patterns.end(), m.pattern) == a.patterns.end();
+  });
+  sattn::context ctx(sattn::context::thread_count{a.threads});
+  for (const demo::layer_files& files : layers) {
+    const fs::path picture =
+        a.masks.empty() ? fs::path() : picture_file(a, files.name, layers.size() > 1);
+    run_layer(ctx, a, files, methods, picture);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    const sattn::context probe(sattn::context::thread_count{1});  // throws on an old CPU
+    CLI::App app{"Sparse attention on real tensors: density, time, error and recall by pattern"};
+    arguments a;
+    declare(app, a);
+    CLI11_PARSE(app, argc, argv);
+    run(a);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "sattn-demo: %s\n", e.what());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Everything but the kernels' code: quick to compile. One source file of the program must include
+// sattn.hpp, or instantiate kernels<Arch>() from kernel/kernel_table_impl.hpp.
+
+#include <sattn/attention/attend.hpp>
+#include <sattn/attention/merge.hpp>
+#include <sattn/attention/plan.hpp>
+#include <sattn/budget/select.hpp>
+#include <sattn/estimate/last_queries.hpp>
+#include <sattn/estimate/pooled_blocks.hpp>
+#include <sattn/estimate/row_scores.hpp>
+#include <sattn/pattern/basic.hpp>
+#include <sattn/pattern/block_mask.hpp>
+#include <sattn/pattern/compose.hpp>
+#include <sattn/pattern/token_lists.hpp>
+#include <sattn/pattern/vertical_slash.hpp>
+#include <sattn/plan/expand.hpp>
+#include <sattn/version.hpp>
