@@ -226,7 +226,7 @@ FAULTS = [
     (planted("core/a.hpp", "#define X 1  // comment"), 3, "is not named SATTN_*"),
     (planted("core/a.hpp", *["//"] * 399), 401, "401 lines, 400 are allowed"),
     (planted("method/a.hpp"), 1, "neither a layer nor a known header"),
-    (planted("api.hpp"), 1, "neither a layer nor a known header"),
+    (planted("extra.hpp"), 1, "neither a layer nor a known header"),
     (("include/sattn/core/a.hpp", "#pragma once\n"), 1, "the first line is not"),
     (("include/sattn/core/a.hpp", SPDX + "\n// #pragma once\n"), 1, "no #pragma once"),
     (("include/sattn/core/a.h", HEADER), 1, "not a .hpp file"),
