@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "safetensors.hpp"
 
+#include <sattn/core/error.hpp>
 #include <sattn/core/math.hpp>
 
 #include <algorithm>
@@ -24,7 +25,10 @@ static_assert(std::endian::native == std::endian::little, "safetensors are littl
 constexpr index_t length_bytes = 8;
 constexpr index_t max_header_bytes = 100'000'000;  // the limit of the safetensors library
 
-[[noreturn]] void fail(const std::string& reason) { throw std::runtime_error(reason); }
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  sattn::require<std::runtime_error>(condition, parts...);
+}
 
 float widen_f16(std::uint16_t half) {
   const std::uint32_t sign = (half & 0x8000u) << 16;
@@ -56,99 +60,87 @@ std::vector<float> convert(std::string_view bytes, float (*widen)(Stored)) {
 std::string read_file(const std::filesystem::path& path) {
   std::error_code error;
   const std::uintmax_t size = std::filesystem::file_size(path, error);
-  if (error) fail("cannot read the file: " + error.message());
+  check(!error, "cannot read the file: ", error.message());
   std::ifstream file(path, std::ios::binary);
   std::string bytes(size, '\0');
   file.read(bytes.data(), static_cast<std::streamsize>(size));
-  if (!file) fail("cannot read all " + std::to_string(size) + " bytes of the file");
+  check(file.good(), "cannot read all ", size, " bytes of the file");
   return bytes;
 }
 
-ordered_json parse_header(std::string_view file) {
-  const auto size = static_cast<index_t>(file.size());
-  if (size < length_bytes) {
-    fail("the file has " + std::to_string(size) + " bytes, too few for a safetensors header");
-  }
-  std::uint64_t stated = 0;
-  std::memcpy(&stated, file.data(), sizeof(stated));
-  const index_t limit = std::min(size - length_bytes, max_header_bytes);
-  if (stated > static_cast<std::uint64_t>(limit)) {
-    fail("the header length is " + std::to_string(stated) + " bytes, at most " +
-         std::to_string(limit) + " are possible: not a safetensors file, or a truncated one");
-  }
+/// The header of a file, and the bytes behind it.
+struct parts {
   ordered_json header;
-  try {
-    header = ordered_json::parse(file.substr(length_bytes, stated));
-  } catch (const ordered_json::exception& e) {
-    fail(std::string("the header is not JSON: ") + e.what());
-  }
-  if (!header.is_object()) fail("the header is not a JSON object");
-  return header;
-}
+  std::string_view data;
 
-const ordered_json& find_tensor(const ordered_json& header, std::string& name) {
-  if (const auto exact = header.find(name); exact != header.end()) return *exact;
+  explicit parts(std::string_view file) {
+    const auto size = static_cast<index_t>(file.size());
+    check(size >= length_bytes, "the file has ", size, " bytes, too few for a safetensors header");
+    std::uint64_t stated = 0;
+    std::memcpy(&stated, file.data(), sizeof(stated));
+    const index_t limit = std::min(size - length_bytes, max_header_bytes);
+    check(stated <= static_cast<std::uint64_t>(limit), "the header length is ", stated,
+          " bytes, at most ", limit, " fit: not a safetensors file, or a truncated one");
+    try {
+      header = ordered_json::parse(file.substr(length_bytes, stated));
+    } catch (const ordered_json::exception& e) {
+      check(false, "the header is not JSON: ", e.what());
+    }
+    check(header.is_object(), "the header is not a JSON object");
+    data = file.substr(length_bytes + stated);
+  }
+};
+
+// The name of the tensor to read: the wanted one, or else the first.
+std::string choose_tensor(const ordered_json& header, const std::string& wanted) {
+  if (header.contains(wanted)) return wanted;
   for (const auto& [key, value] : header.items()) {
-    if (key != "__metadata__") {
-      name = key;
-      return value;
-    }
+    if (key != "__metadata__") return key;
   }
-  fail("the file holds no tensor");
+  throw std::runtime_error("the file holds no tensor");
 }
 
-// The values of `key`, which must be `count` integers >= 0.
-std::vector<index_t> numbers(const ordered_json& entry, const char* key, std::size_t count) {
-  const auto found = entry.find(key);
-  if (found == entry.end() || !found->is_array()) fail(std::string(key) + " is missing or no list");
-  if (found->size() != count) {
-    fail(std::string(key) + " is " + found->dump() + ", expected " + std::to_string(count) +
-         " numbers" + (count == 3 ? " [token, head, dim]" : ""));
-  }
+// The list `key` of whole numbers.
+std::vector<index_t> numbers(const ordered_json& entry, const char* key) {
   std::vector<index_t> values;
-  for (const ordered_json& value : *found) {
-    if (!value.is_number_unsigned() || value.get<std::uint64_t>() > INT64_MAX) {
-      fail(std::string(key) + " is " + found->dump() + ", expected whole numbers >= 0");
-    }
+  const ordered_json list = entry.value(key, ordered_json());
+  check(list.is_array(), key, " is ", list.dump(), ", expected a list");
+  for (const ordered_json& value : list) {
+    check(value.is_number_unsigned() && value.get<std::uint64_t>() <= INT64_MAX, key, " is ",
+          list.dump(), ", expected whole numbers >= 0");
     values.push_back(value.get<index_t>());
   }
   return values;
 }
 
 void read_entry(const ordered_json& entry, std::string_view data, tensor& out) {
-  if (!entry.is_object()) fail("its entry in the header is not a JSON object");
-  const auto dtype_entry = entry.find("dtype");
-  const std::string dtype = dtype_entry != entry.end() && dtype_entry->is_string()
-                                ? dtype_entry->get<std::string>()
-                                : std::string("missing");
-  if (dtype != "F16" && dtype != "BF16" && dtype != "F32") {
-    fail("dtype is " + dtype + ", expected F16, BF16 or F32");
+  check(entry.is_object(), "its entry in the header is not a JSON object");
+  const std::string dtype = entry.value("dtype", ordered_json()).dump();
+  const bool wide = dtype == "\"F32\"";
+  check(wide || dtype == "\"F16\"" || dtype == "\"BF16\"", "dtype is ", dtype,
+        ", expected F16, BF16 or F32");
+  const std::vector<index_t> shape = numbers(entry, "shape");
+  check(shape.size() == 3, "rank is ", shape.size(), ", expected 3 [token, head, dim]");
+  index_t bytes = wide ? 4 : 2;
+  for (const index_t extent : shape) {
+    check(extent > 0, "shape has an extent of 0");
+    check(sattn::multiply(bytes, extent, bytes), "shape overflows the address space");
   }
-  const std::vector<index_t> shape = numbers(entry, "shape", 3);
-  const std::vector<index_t> offsets = numbers(entry, "data_offsets", 2);
+  const std::vector<index_t> at = numbers(entry, "data_offsets");
+  check(at.size() == 2, "data_offsets has ", at.size(), " entries, expected 2");
+  check(at[0] <= at[1] && at[1] - at[0] == bytes, "data_offsets ", at[0], " to ", at[1],
+        " do not hold the ", bytes, " bytes that shape and dtype need");
+  check(at[1] <= std::ssize(data), "data_offsets ", at[0], " to ", at[1],
+        " end behind the data, which has ", data.size(),
+        " bytes: the file is truncated or the offsets are wrong");
+
   out.tokens = shape[0];
   out.heads = shape[1];
   out.dim = shape[2];
-
-  index_t bytes = dtype == "F32" ? 4 : 2;
-  for (const index_t extent : shape) {
-    if (extent == 0) fail("shape has an extent of 0");
-    if (!sattn::multiply(bytes, extent, bytes)) fail("shape overflows the address space");
-  }
-  const std::string range = "[" + std::to_string(offsets[0]) + ", " + std::to_string(offsets[1]) +
-                            ")";
-  if (offsets[0] > offsets[1] || offsets[1] - offsets[0] != bytes) {
-    fail("data_offsets " + range + " do not hold the " + std::to_string(bytes) +
-         " bytes that shape and dtype need");
-  }
-  if (offsets[1] > static_cast<index_t>(data.size())) {
-    fail("data_offsets " + range + " end after the data, " + std::to_string(data.size()) +
-         " bytes: the file is truncated or the offsets are wrong");
-  }
   const std::string_view own =
-      data.substr(static_cast<std::size_t>(offsets[0]), static_cast<std::size_t>(bytes));
-  out.values = dtype == "F32" ? convert<float>(own, keep_f32)
-                              : convert<std::uint16_t>(own, dtype == "F16" ? widen_f16 : widen_bf16);
+      data.substr(static_cast<std::size_t>(at[0]), static_cast<std::size_t>(bytes));
+  out.values = wide ? convert<float>(own, keep_f32)
+                    : convert<std::uint16_t>(own, dtype == "\"F16\"" ? widen_f16 : widen_bf16);
 }
 
 }  // namespace
@@ -162,14 +154,11 @@ tensor read_safetensors(const std::filesystem::path& path, const std::string& na
   std::string where = path.string();
   try {
     const std::string file = read_file(path);
-    const ordered_json header = parse_header(file);
-    out.name = name;
-    const ordered_json& entry = find_tensor(header, out.name);
+    const parts p(file);
+    out.name = choose_tensor(p.header, name);
     where += ": tensor " + out.name;
-    std::uint64_t header_bytes = 0;
-    std::memcpy(&header_bytes, file.data(), sizeof(header_bytes));
-    read_entry(entry, std::string_view(file).substr(length_bytes + header_bytes), out);
-  } catch (const std::runtime_error& e) {
+    read_entry(p.header[out.name], p.data, out);
+  } catch (const std::exception& e) {
     throw std::runtime_error(where + ": " + e.what());
   }
   return out;

@@ -21,15 +21,10 @@ namespace sattn {
 /// use_workspace() hands in the caller's memory instead, which never grows.
 class context {
  public:
-  /// All cores, the kernels of the flags this was compiled with.
-  /// Throws: unsupported if the CPU lacks them.
-  context() : context(thread_count{0}) {}
-
-  struct thread_count {
-    index_t threads;
-  };
-  explicit context(thread_count count, const kernel_table& table = kernels<arch::native>())
-      : own_pool_(std::make_unique<thread_pool>(count.threads)),
+  /// Threads of its own, one per core unless told otherwise, and the kernels for the flags of the
+  /// calling source file. Throws: unsupported if the CPU lacks them.
+  explicit context(index_t threads = 0, const kernel_table& table = kernels<arch::native>())
+      : own_pool_(std::make_unique<thread_pool>(threads)),
         executor_(*own_pool_),
         kernels_(&table) {
     check_cpu();

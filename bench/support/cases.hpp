@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A case is a problem, a workload and a rival. docs/performance.md explains the counters.
+#pragma once
+
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <sattn/sattn.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "support/eigen_attention.hpp"
+#include "support/measure.hpp"
+#include "support/workload.hpp"
+
+namespace bench {
+
+struct problem {
+  std::string name;
+  attention_shape shape;
+  index_t dim;
+  bool smoke = false;
+
+  bool decode() const { return shape.q_len == 1; }
+  /// Calls of decoding go round so many caches that none is still in the processor's.
+  index_t caches() const {
+    const index_t cache_bytes = 2 * shape.kv_len * shape.kv_heads * dim * index_t{sizeof(float)};
+    return smoke || !decode() ? 1 : uncached_bytes() / cache_bytes + 2;
+  }
+};
+
+struct workload {
+  std::string name;
+  std::function<sattn::any_pattern(const attention_shape&, unsigned seed)> pattern;
+  sattn::plan_options options = {};  // of prefill
+  index_t cache_step = 0;            // tokens from one call's cache to the next one's; 0 = kv_len
+};
+
+enum class rival {
+  dense,   // times the workload; the reference is dense attention
+  serial,  // times the workload on two threads; the reference is one thread
+  ours,    // times Eigen; the reference is our dense attention
+};
+
+struct session {
+  tensors t;
+  sattn::serial_executor executor;
+  sattn::context ctx{executor};
+  index_t cache_begin = 0;
+
+  explicit session(const problem& p) : t(p.shape, p.dim, p.caches()) {}
+
+  void plan(sattn::attention_plan& plan, const sattn::any_pattern& pattern,
+            const sattn::plan_options& options) {
+    if (t.shape.q_len == 1) {
+      plan_decode_into(ctx, plan, t.shape, pattern);
+    } else {
+      plan_prefill_into(ctx, plan, t.shape, pattern, options);
+    }
+  }
+  /// Each call moves on to another cache.
+  void next_cache(index_t step) {
+    cache_begin += step == 0 ? t.shape.kv_len : step;
+    if (cache_begin + t.shape.kv_len > t.kv_tokens) cache_begin = 0;
+  }
+  void attend(sattn::context& with, const sattn::attention_plan& plan) {
+    sattn::attend(with, plan, t.q_view(), t.kv(cache_begin), t.out_view());
+  }
+};
+
+/// Throws unless `baseline` writes what `ours` does: one that is wrong is no baseline.
+template <class A, class B>
+void require_same_output(tensors& t, A&& ours, B&& baseline) {
+  ours();
+  const std::vector<float> want = t.out;
+  baseline();
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    if (!(std::abs(t.out[i] - want[i]) <= 1e-4f)) {
+      throw std::runtime_error("the baseline gives " + std::to_string(t.out[i]) + " for " +
+                               std::to_string(want[i]));
+    }
+  }
+}
+
+inline void report(benchmark::State& state, const problem& p, const timings& t,
+                   const sattn::plan_stats& stats) {
+  const double seconds = median(t.run);
+  const double best = *std::min_element(t.run.begin(), t.run.end());
+  const double flops = 4.0 * static_cast<double>(p.dim);  // of one pair: q k and p v
+  const double useful = flops * static_cast<double>(stats.selected);
+  const double executed = flops * static_cast<double>(stats.executed);
+  const double rated = stats.selected == stats.legal ? useful : executed;
+  auto& counters = state.counters;
+  counters["best_ms"] = best * 1e3;
+  counters["median_ms"] = seconds * 1e3;
+  counters["gflops"] = useful / seconds * 1e-9;
+  counters["gflops_executed"] = executed / seconds * 1e-9;
+  counters["peak_gflops"] = t.fma_rate * 1e-9;
+  counters["peak_fraction"] = rated / seconds / t.fma_rate;
+  counters["peak_fraction_best"] = rated / best / t.fma_rate;
+  counters["density"] = stats.density_executed();
+  counters["density_selected"] = stats.density_selected();
+  if (!p.decode()) return;
+  // Each selected key of a kv head is one row of K and one of V, for all heads of the group.
+  const double bytes = 8.0 * static_cast<double>(p.dim) * static_cast<double>(stats.selected) /
+                       static_cast<double>(p.shape.group_size());
+  counters["bandwidth_gbps"] = t.read_rate * 1e-9;
+  counters["bandwidth_fraction"] = bytes / seconds / t.read_rate;
+  counters["bandwidth_fraction_best"] = bytes / best / t.read_rate;
+}
+
+inline void run_case(benchmark::State& state, const problem& p, const workload& w, rival against) {
+  session s(p);
+  sattn::context pool(sattn::context::thread_count{against == rival::serial ? 2 : 1});
+  sattn::attention_plan dense;
+  sattn::attention_plan plan;
+  unsigned round = 0;
+  sattn::any_pattern pattern = w.pattern(p.shape, round);
+  s.plan(dense, sattn::dense{}, {});
+  s.plan(plan, pattern, w.options);
+  row_matrix scores;
+  index_t block_rows = 64;
+  const auto eigen = [&] { eigen_attention(s.t, s.cache_begin, block_rows, scores); };
+
+  timed_case c{.reference = [&] { s.attend(s.ctx, against == rival::serial ? plan : dense); },
+               .from_memory = p.decode(),
+               .smoke = p.smoke};
+  if (against == rival::dense) c.plan = [&] { s.plan(plan, pattern, w.options); };
+  c.prepare = [&] {
+    if (p.decode()) pattern = w.pattern(p.shape, ++round);  // a learnt pattern would flatter
+    s.next_cache(w.cache_step);
+  };
+  c.run = [&] {
+    s.next_cache(w.cache_step);
+    if (against == rival::ours) return eigen();
+    s.attend(against == rival::serial ? pool : s.ctx, plan);
+  };
+  if (against == rival::ours) {
+    require_same_output(s.t, c.reference, eigen);
+    const double small = seconds_of(eigen);
+    block_rows = 256;
+    eigen();
+    if (small < seconds_of(eigen)) block_rows = 64;
+    state.counters["block_rows"] = static_cast<double>(block_rows);
+  }
+
+  const timings t = measure(state, c);
+  const double ratio = median(t.ratio);
+  report(state, p, t, plan.stats());
+  if (against == rival::ours) state.counters["vs_eigen"] = ratio;
+  if (against == rival::serial) state.counters["thread_speedup"] = 1 / ratio;
+  if (against == rival::dense) {
+    state.counters["speedup"] = 1 / ratio;
+    state.counters["vs_dense"] = ratio / plan.stats().density_executed();
+    state.counters["plan_share"] = median(t.plan) / (median(t.plan) + median(t.run));
+  }
+}
+
+inline void add_case(const problem& p, const workload& w, rival against = rival::dense) {
+  const std::string name = p.name + (against == rival::ours ? "eigen" : w.name) +
+                           (against == rival::serial ? "/threads2" : "") +
+                           (p.smoke ? "/smoke" : "");
+  benchmark::RegisterBenchmark(name.c_str(), [=](auto& state) { run_case(state, p, w, against); })
+      ->UseManualTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
+inline workload dense_workload() {
+  return {"dense", [](const attention_shape&, unsigned) { return sattn::dense{}; }};
+}
+inline workload window_workload(token_t size) {
+  return {"window" + std::to_string(size),
+          [size](const attention_shape&, unsigned) { return sattn::sliding_window{size}; },
+          {},
+          size};
+}
+
+}  // namespace bench
