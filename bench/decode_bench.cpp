@@ -18,7 +18,7 @@ using bench::token_t;
 using bench::workload;
 
 void add_cases(bool long_ones) {
-  std::vector<workload> sparse{bench::window_workload(1024)};
+  std::vector<workload> sparse{bench::window_workload()};
   for (const std::string density : {"0.5", "0.25", "0.125"}) {
     sparse.push_back({"pages16/density" + density, [=](const attention_shape& s, unsigned seed) {
                         return bench::random_blocks(s, 1, 16, std::stod(density), 1, seed);
@@ -27,7 +27,9 @@ void add_cases(bool long_ones) {
   const auto add = [&](index_t group, index_t dim, index_t len, bool smoke) {
     const bench::problem p{"decode/f32/g" + std::to_string(group) + "/d" + std::to_string(dim) +
                                "/n" + std::to_string(len) + "/",
-                           {1, len, group, 1, static_cast<token_t>(len - 1)}, dim, smoke};
+                           {1, len, group, 1, static_cast<token_t>(len - 1)},
+                           dim,
+                           smoke};
     add_case(p, bench::dense_workload());
     add_case(p, bench::dense_workload(), bench::rival::serial);
     add_case(p, bench::dense_workload(), bench::rival::ours);

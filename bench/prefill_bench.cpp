@@ -33,7 +33,7 @@ std::vector<workload> slash_workloads(const std::string& name, index_t runs, tok
 }
 
 std::vector<workload> sparse_workloads() {
-  std::vector<workload> all{bench::window_workload(1024)};
+  std::vector<workload> all{bench::window_workload()};
   for (const std::string density : {"0.5", "0.25", "0.125"}) {
     all.push_back({"block64/density" + density, [=](const attention_shape& s, unsigned seed) {
                      return bench::random_blocks(s, 64, 64, std::stod(density), s.q_heads, seed);
@@ -41,8 +41,8 @@ std::vector<workload> sparse_workloads() {
   }
   for (auto [name, runs, run_size, columns] :
        {std::tuple{"isolated", 64, 1, 64}, {"runs16", 16, 16, 256}, {"runs64", 8, 64, 512}}) {
-    for (workload& w : slash_workloads(std::string("vertical_slash_") + name, runs, run_size,
-                                       columns)) {
+    for (workload& w :
+         slash_workloads(std::string("vertical_slash_") + name, runs, run_size, columns)) {
       all.push_back(std::move(w));
     }
   }
@@ -61,7 +61,9 @@ std::vector<workload> sparse_workloads() {
 void add_cases(bool long_ones) {
   const auto add = [sparse = sparse_workloads()](index_t dim, index_t len, bool smoke) {
     const bench::problem p{"prefill/f32/d" + std::to_string(dim) + "/n" + std::to_string(len) + "/",
-                           {len, len, 4, 1, 0}, dim, smoke};
+                           {len, len, 4, 1, 0},
+                           dim,
+                           smoke};
     add_case(p, bench::dense_workload());
     add_case(p, bench::dense_workload(), bench::rival::serial);
     add_case(p, bench::dense_workload(), bench::rival::ours);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The baseline: what one writes with a good matrix library and no attention library. Blocks of query
-// rows times all their keys by GEMM, a vectorised softmax per row, and a second GEMM.
+// The baseline: what one writes with a good matrix library and no attention library. Blocks of
+// query rows times all their keys by GEMM, a vectorised softmax per row, and a second GEMM.
 #pragma once
 
 #include <Eigen/Core>
@@ -18,8 +18,8 @@ using strided = Eigen::Map<Matrix, 0, Eigen::OuterStride<>>;
 
 /// Row i of q sees the first `visible + i * step` of the keys.
 inline void eigen_rows(const strided<const row_matrix>& q, const strided<const row_matrix>& k,
-                       const strided<const row_matrix>& v, strided<row_matrix> out,
-                       index_t visible, index_t step, row_matrix& scores) {
+                       const strided<const row_matrix>& v, strided<row_matrix> out, index_t visible,
+                       index_t step, row_matrix& scores) {
   const index_t keys = visible + (q.rows() - 1) * step;
   const row_matrix scaled = q * (1.0f / std::sqrt(static_cast<float>(q.cols())));
   auto s = scores.topLeftCorner(q.rows(), keys);

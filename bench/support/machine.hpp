@@ -30,28 +30,27 @@ double seconds_of(F&& f) {
 inline double fma_rate() {
   constexpr int chains = 12;  // latency 4 on 2 units needs 8; 12 and two constants fit 16 registers
   constexpr int trips = 100000;
-  double seconds = 1;
-  for (int burst = 0; burst < 3; ++burst) {
-    seconds = std::min(seconds, seconds_of([] {
-      const vec half = vec::broadcast(0.5f);
-      const vec one = vec::broadcast(1.0f);
-      vec acc[chains];
-      for (vec& a : acc) a = one;
-      for (int i = 0; i < trips; ++i) {
-        sattn::simd::unroll<chains>([&](auto c) SATTN_INLINE_LAMBDA {
-          acc[c] = sattn::simd::fma(acc[c], half, one);
-        });
-      }
-      for (vec& a : acc) benchmark::DoNotOptimize(a.reg);
-    }));
-  }
+  const auto burst = [] {
+    const vec half = vec::broadcast(0.5f);
+    const vec one = vec::broadcast(1.0f);
+    vec acc[chains];
+    for (vec& a : acc) a = one;
+    for (int i = 0; i < trips; ++i) {
+      sattn::simd::unroll<chains>(
+          [&](auto c) SATTN_INLINE_LAMBDA { acc[c] = sattn::simd::fma(acc[c], half, one); });
+    }
+    for (vec& a : acc) benchmark::DoNotOptimize(a.reg);
+  };
+  const double seconds = std::min({seconds_of(burst), seconds_of(burst), seconds_of(burst)});
   return 2.0 * vec::width * chains * trips / seconds;
 }
 
 /// Bytes that no cache of this machine holds.
 inline std::ptrdiff_t uncached_bytes() {
   int largest = 0;
-  for (const auto& cache : benchmark::CPUInfo::Get().caches) largest = std::max(largest, cache.size);
+  for (const auto& cache : benchmark::CPUInfo::Get().caches) {
+    largest = std::max(largest, cache.size);
+  }
   return std::max(std::ptrdiff_t{128} << 20, 4 * std::ptrdiff_t{largest});
 }
 

@@ -34,10 +34,13 @@ struct tensors {
   std::vector<float> q, k, v, out;
 
   tensors(const attention_shape& s, index_t head_dim, index_t caches)
-      : shape(s), dim(head_dim), kv_tokens(caches * s.kv_len),
+      : shape(s),
+        dim(head_dim),
+        kv_tokens(caches * s.kv_len),
         q(random_floats(s.q_len * s.q_heads * dim, 1)),
         k(random_floats(kv_tokens * s.kv_heads * dim, 2)),
-        v(random_floats(kv_tokens * s.kv_heads * dim, 3)), out(q.size()) {}
+        v(random_floats(kv_tokens * s.kv_heads * dim, 3)),
+        out(q.size()) {}
 
   sattn::tensor_view<const float> q_view() const {
     return sattn::nhd(q.data(), shape.q_len, shape.q_heads, dim);
@@ -48,7 +51,8 @@ struct tensors {
   /// The cache that starts at token `begin`.
   sattn::kv_view<float> kv(index_t begin) const {
     const auto cache = [&](const std::vector<float>& x) {
-      return sattn::nhd(x.data(), kv_tokens, shape.kv_heads, dim).slice(begin, begin + shape.kv_len);
+      return sattn::nhd(x.data(), kv_tokens, shape.kv_heads, dim)
+          .slice(begin, begin + shape.kv_len);
     };
     return sattn::kv(cache(k), cache(v));
   }

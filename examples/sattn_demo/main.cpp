@@ -6,7 +6,6 @@
 #include "layer.hpp"
 #include "masks.hpp"
 #include "measure.hpp"
-#include "progress.hpp"
 #include "report.hpp"
 
 #include <sattn/sattn.hpp>
@@ -14,6 +13,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <filesystem>
 #include <stdexcept>
@@ -23,6 +23,16 @@
 namespace {
 
 namespace fs = std::filesystem;
+
+// Before the initialisers of libraries, which the compiler may have written with instructions that
+// this CPU lacks.
+[[gnu::constructor(101)]] void check_cpu() {
+  __builtin_cpu_init();
+  if (sattn::simd::cpu_supports<sattn::arch::native>()) return;
+  std::fprintf(stderr, "sattn-demo: this CPU does not have %s, which it was compiled for\n",
+               sattn::arch::native::name);
+  std::_Exit(1);
+}
 
 struct arguments {
   std::string folder;
@@ -48,7 +58,7 @@ void declare(CLI::App& app, arguments& a) {
   app.add_option("--layer", a.layer, "Name of the layer in the output")->type_name("NAME");
   app.add_option("--patterns", a.patterns, "Only these, separated by commas")
       ->delimiter(',')
-      ->check(CLI::IsMember(demo::pattern_names()))
+      ->check(CLI::IsMember(demo::pattern_names(demo::all_methods())))
       ->type_name("LIST");
   app.add_option("--masks", a.masks, "Draw the masks, one panel for each head, into this PNG file")
       ->type_name("FILE");
@@ -89,32 +99,23 @@ fs::path picture_file(const arguments& a, const std::string& layer, bool several
 
 void run_layer(sattn::context& ctx, const arguments& a, const demo::layer_files& files,
                const std::vector<demo::method>& methods, const fs::path& picture) {
-  demo::progress progress;
-  progress.step("reading " + files.name);
   const demo::layer layer = demo::load_layer(files);
-  progress.step("computing the reference in double");
-  demo::layer_bench bench(ctx, layer, a.repeats);
-
-  std::vector<demo::measurement> all;
-  const auto report = [&](const demo::measurement& m) {
-    progress.done();
-    a.json ? demo::print_json(layer.name, m) : demo::print_line(m);
-    all.push_back(m);
-  };
-  progress.done();
   if (!a.json) demo::print_heading(layer, ctx, a.repeats);
-  progress.step("dense attention");
-  report(bench.dense());
+  demo::print_step("dense attention, in float and in double");
+  demo::layer_bench bench(ctx, layer, a.repeats);
+  std::vector<demo::measurement> all;
   for (const demo::method& m : methods) {
-    progress.step(m.pattern + " " + m.budget);
-    report(bench.run(m));
+    demo::print_step(m.pattern + " " + m.budget);
+    all.push_back(bench.run(m));
+    demo::print_step("");
+    a.json ? demo::print_json(layer.name, all.back()) : demo::print_line(all.back());
   }
   if (!a.json) demo::print_conclusions(all);
   if (!picture.empty()) {
-    progress.step("drawing masks");
+    demo::print_step("drawing the masks");
     demo::write_masks(picture, ctx, layer, methods);
-    progress.done();
-    std::fprintf(stderr, "sattn-demo: masks are in %s\n", picture.c_str());
+    demo::print_step("");
+    std::fprintf(stderr, "sattn-demo: the masks are in %s\n", picture.c_str());
   }
 }
 
@@ -122,10 +123,10 @@ void run(const arguments& a) {
   const std::vector<demo::layer_files> layers = wanted_layers(a);
   std::vector<demo::method> methods = demo::all_methods();
   std::erase_if(methods, [&](const demo::method& m) {
-    return !a.patterns.empty() &&
+    return !a.patterns.empty() && m.pattern != "dense" &&
            std::find(a.patterns.begin(), a.patterns.end(), m.pattern) == a.patterns.end();
   });
-  sattn::context ctx(sattn::context::thread_count{a.threads});
+  sattn::context ctx(a.threads);
   for (const demo::layer_files& files : layers) {
     const fs::path picture =
         a.masks.empty() ? fs::path() : picture_file(a, files.name, layers.size() > 1);
@@ -137,13 +138,13 @@ void run(const arguments& a) {
 
 int main(int argc, char** argv) {
   try {
-    const sattn::context probe(sattn::context::thread_count{1});  // throws on an old CPU
     CLI::App app{"Sparse attention on real tensors: density, time, error and recall by pattern"};
     arguments a;
     declare(app, a);
     CLI11_PARSE(app, argc, argv);
     run(a);
   } catch (const std::exception& e) {
+    demo::print_step("");
     std::fprintf(stderr, "sattn-demo: %s\n", e.what());
     return 1;
   }

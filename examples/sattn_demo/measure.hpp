@@ -4,22 +4,30 @@
 #include "methods.hpp"
 #include "reference.hpp"
 
-#include <sattn/plan/attention_plan.hpp>
+#include <sattn/attention/attend.hpp>
 
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
 namespace demo {
+
+inline constexpr index_t reference_rows = 64;
+inline constexpr double not_measured = std::numeric_limits<double>::infinity();
 
 struct measurement {
   std::string pattern;
   std::string budget;
   sattn::plan_stats stats = {};
   // Milliseconds, each the best of all repeats.
-  double estimate_ms = 0.0;
-  double plan_ms = 0.0;
-  double ms = 0.0;        // the attention alone
-  double dense_ms = 0.0;  // dense attention alone, run in turn with this one
+  double estimate_ms = not_measured;
+  double plan_ms = not_measured;
+  double ms = not_measured;        // the attention alone
+  double dense_ms = not_measured;  // dense attention alone, run in turn with this one
   double rel_error = 0.0;
   double recall = 0.0;  // attention mass of the selected keys, mean over rows and heads
 
@@ -27,26 +35,79 @@ struct measurement {
   double speedup_end_to_end() const { return dense_ms / (estimate_ms + plan_ms + ms); }
 };
 
-/// Measures one layer. Keeps references to the context and the layer.
+/// Lowers `best` to the milliseconds that `work` takes.
+template <class F>
+void take_time(double& best, F&& work) {
+  using clock = std::chrono::steady_clock;
+  const clock::time_point start = clock::now();
+  work();
+  best = std::min(best, std::chrono::duration<double, std::milli>(clock::now() - start).count());
+}
+
+/// Measures one layer. Refers to the context and the layer.
 class layer_bench {
  public:
-  layer_bench(sattn::context& ctx, const layer& l, int repeats);
+  layer_bench(context& ctx, const layer& l, int repeats)
+      : ctx_(ctx),
+        layer_(l),
+        repeats_(repeats),
+        reference_(make_reference(ctx, l, reference_rows)),
+        dense_plan_(sattn::plan_prefill(ctx, l.shape(), sattn::dense{})),
+        dense_(l),
+        sparse_(l) {
+    attend(dense_plan_, dense_);  // grows the context's memory and warms the caches
+  }
 
-  measurement dense();
-  /// Needs dense() before it.
-  measurement run(const method& m);
+  measurement run(const method& method) {
+    measurement m{.pattern = method.pattern, .budget = method.budget};
+    sattn::attention_plan plan;
+    for (int i = 0; i < repeats_; ++i) {
+      std::optional<any_pattern> pattern;
+      take_time(m.estimate_ms, [&] { pattern = method.estimate(ctx_, layer_); });
+      take_time(m.plan_ms, [&] {
+        sattn::plan_prefill_into(ctx_, plan, layer_.shape(), *pattern, method.options);
+      });
+      take_time(m.dense_ms, [&] { attend(dense_plan_, dense_); });
+      take_time(m.ms, [&] { attend(plan, sparse_); });
+    }
+    if (method.pattern == "dense") m.ms = m.dense_ms = std::min(m.ms, m.dense_ms);
+    m.stats = plan.stats();
+    m.rel_error = relative_error(reference_, sparse_.out_view(layer_));
+    m.recall = recall();
+    return m;
+  }
 
  private:
   struct result {
     std::vector<float> out;  // [q_len, q_heads, v_dim]
     std::vector<float> lse;  // [q_len, q_heads]
-  };
-  result make_result() const;
-  double timed_attend(const sattn::attention_plan& plan, result& to);
-  double recall(const result& sparse) const;
-  double error(const result& r) const;
 
-  sattn::context& ctx_;
+    explicit result(const layer& l)
+        : out(static_cast<std::size_t>(l.q.tokens * l.q.heads * l.v.dim)),
+          lse(static_cast<std::size_t>(l.q.tokens * l.q.heads)) {}
+    sattn::tensor_view<float> out_view(const layer& l) {
+      return sattn::nhd(out.data(), l.q.tokens, l.q.heads, l.v.dim);
+    }
+  };
+
+  void attend(const sattn::attention_plan& plan, result& to) {
+    const sattn::tensor_view<float> lse =
+        sattn::nhd(to.lse.data(), layer_.q.tokens, layer_.q.heads, 1);
+    sattn::attend(ctx_, plan, layer_.q.view(), layer_.kv(), {to.out_view(layer_), lse});
+  }
+
+  double recall() const {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < sparse_.lse.size(); ++i) {
+      const double log_share =
+          static_cast<double>(sparse_.lse[i]) - static_cast<double>(dense_.lse[i]);
+      // Rounding can lift the share above 1. A NaN of the input stays one.
+      sum += log_share > 0.0 ? 1.0 : std::exp(log_share);
+    }
+    return sum / static_cast<double>(sparse_.lse.size());
+  }
+
+  context& ctx_;
   const layer& layer_;
   int repeats_;
   reference reference_;

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "support/kernel_instances.hpp"
 #include "support/patterns.hpp"
+#include "support/plans.hpp"
 #include "support/problem.hpp"
 
 namespace {
@@ -28,25 +28,9 @@ void randomise_options(random_source& random, attention_problem& p) {
   if (random.integer(0, 4) == 0) {
     for (index_t h = 0; h < p.shape.q_heads; ++h) {
       p.sink_logits.push_back(
-          random.pick({-infinity, infinity, -2.0f, 0.0f, 0.7f, 3.0f, -1e30f}));
+          random.pick({-infinity, infinity, -2.0f, 0.0f, 0.7f, 3.0f, 200.0f, 1e30f, -1e30f}));
     }
   }
-}
-
-// What a pattern means, in its tiles where the rounding needs them, and in the domain.
-bool plan_means(const attention_plan& plan, const selection& pattern) {
-  const attention_shape& shape = plan.shape();
-  for (index_t h = 0; h < shape.q_heads; ++h) {
-    const std::vector<std::uint8_t> mask = expand(plan, h);
-    for (index_t row = 0; row < shape.q_len; ++row) {
-      for (index_t key = 0; key < shape.kv_len; ++key) {
-        const bool selected = pattern(h, row, key) &&
-                              is_legal(plan.data().legal, shape.q_offset + row, key);
-        if (selected != (mask[at(row * shape.kv_len + key)] != 0)) return false;
-      }
-    }
-  }
-  return true;
 }
 
 class patterns : public ::testing::TestWithParam<int> {};
@@ -68,7 +52,7 @@ TEST_P(patterns, match_the_reference_on_random_shapes_domains_and_options) {
                                       << "; tile_rows " << options.tile_rows);
     const attention_plan plan = plan_prefill(contexts.any(), p.shape, pattern.pattern, options);
     plan.validate();
-    ASSERT_TRUE(plan_means(plan, pattern.selected));
+    ASSERT_TRUE(selects(plan, pattern.selected));
     ASSERT_TRUE(within_bound(contexts, plan, p));
   }
 }
@@ -194,7 +178,7 @@ TEST(attend, a_window_of_everything_is_dense_and_sinks_fill_what_a_window_leaves
 TEST(attend, duplicate_and_unsorted_tokens_count_once) {
   const seed_trace trace;
   random_source random;
-  context ctx(context::thread_count{1});
+  context ctx(1);
   const attention_problem p(random, {.q_len = 1, .kv_len = 30});
   const attention_plan once = plan_prefill(ctx, p.shape, token_lists{1, {0, 4}, {3, 9, 20, 21}});
   const attention_plan twice =
@@ -210,7 +194,7 @@ TEST(attend, a_sink_logit_equals_a_key_with_that_logit_and_value_zero) {
   all_contexts contexts;
   attention_problem p(random, {.q_len = 33, .kv_len = 33, .q_heads = 3, .kv_heads = 3});
   const attention_plan plan = plan_prefill(contexts.any(), p.shape, sliding_window{9});
-  const reference::result plain = expected(p, selection_of(plan));
+  const reference::result plain = expected(p, mask_of(plan));
   p.sink_logits = {0.4f, -infinity, infinity};
   ASSERT_TRUE(within_bound(contexts, plan, p));
   for (context& ctx : contexts) {
@@ -255,7 +239,7 @@ TEST(attend, a_huge_soft_cap_is_none_and_a_small_one_bounds_the_logits) {
                                .head_dim = 64});
   const attention_plan plan = plan_prefill(contexts.any(), p.shape, dense{});
   const attention_plan row_plan = plan_decode(contexts.any(), p.shape, dense{});
-  const reference::result uncapped = expected(p, selection_of(plan));
+  const reference::result uncapped = expected(p, mask_of(plan));
   p.soft_cap = 1e9f;  // |logit / cap| < 1e-8: tanh is the identity
   EXPECT_TRUE(within_bound(contexts, plan, p, uncapped));
   EXPECT_TRUE(within_bound(contexts, row_plan, p, uncapped));
@@ -278,13 +262,13 @@ TEST(attend, adding_one_vector_to_all_keys_shifts_lse_alone) {
   all_contexts contexts;
   attention_problem p(random, {.q_len = 30, .kv_len = 50, .q_heads = 2, .kv_heads = 1});
   const attention_plan plan = plan_prefill(contexts.any(), p.shape, sink{3} | sliding_window{20});
-  reference::result want = expected(p, selection_of(plan));
+  reference::result want = expected(p, mask_of(plan));
   std::vector<float> shift(16);
   for (float& x : shift) x = static_cast<float>(random.normal());
   for (index_t key = 0; key < 50; ++key) {
     for (index_t i = 0; i < 16; ++i) p.k.row(key, 0)[i] += shift[at(i)];
   }
-  const reference::result shifted = expected(p, selection_of(plan));
+  const reference::result shifted = expected(p, mask_of(plan));
   for (index_t row = 0; row < 30; ++row) {
     for (index_t h = 0; h < 2; ++h) {
       double logit = 0;
@@ -321,7 +305,7 @@ TEST(attend, values_of_one_give_one_and_outputs_stay_in_the_hull_of_the_values) 
     }
   }
   p.v.fill(1);
-  const reference::result want = expected(p, selection_of(plan));
+  const reference::result want = expected(p, mask_of(plan));
   for (context& ctx : contexts) {
     const attention_result got = run(ctx, plan, p);
     for (std::size_t i = 0; i < got.out.size(); ++i) {
@@ -382,7 +366,7 @@ TEST(attend, zero_columns_added_to_a_head_change_nothing) {
     std::copy_n(narrow.v.row(t, 0), 13, wide.v.row(t, 0));
   }
   const attention_plan plan = plan_prefill(contexts.any(), narrow.shape, sliding_window{8});
-  const reference::result want = expected(narrow, selection_of(plan));
+  const reference::result want = expected(narrow, mask_of(plan));
   for (context& ctx : contexts) {
     const attention_result got = run(ctx, plan, wide);
     std::vector<float> first;
@@ -492,7 +476,7 @@ TEST(attend, masked_rows_beside_huge_negative_logits_stay_empty) {
 TEST(attend, keys_after_a_row_never_change_it) {
   const seed_trace trace;
   random_source random;
-  context ctx(context::thread_count{1});
+  context ctx(1);
   for (const bool sparse : {false, true}) {
     for (const token_t tile_rows : {1, 16, 128}) {
       attention_problem p(random, {.q_len = 60, .kv_len = 60});
@@ -516,10 +500,10 @@ TEST(attend, keys_after_a_row_never_change_it) {
 TEST(attend, every_selected_key_changes_its_row_and_no_other_key_does) {
   const seed_trace trace;
   random_source random;
-  context ctx(context::thread_count{1});
+  context ctx(1);
   attention_problem p(random, {.q_len = 24, .kv_len = 40});
   const attention_plan plan = plan_prefill(ctx, p.shape, vertical_slash{{2, 30}, {0, 5, 11}});
-  const selection selected = selection_of(plan);
+  const mask_function selected = mask_of(plan);
   const attention_result before = run(ctx, plan, p);
   for (index_t key = 0; key < 40; ++key) {
     attention_problem changed = p;

@@ -34,8 +34,7 @@ constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 constexpr float lowest = std::numeric_limits<float>::lowest();
 constexpr float illegal = -infinity;
 
-positions choose(const std::vector<float>& scores, const selection& rule,
-                 key_range diagonal = {}) {
+positions choose(const std::vector<float>& scores, const selection& rule, key_range diagonal = {}) {
   positions chosen = {-7};  // what was there must go
   sattn::selector().choose(scores, rule, diagonal, chosen);
   return chosen;
@@ -182,8 +181,7 @@ TEST(selector, a_larger_budget_chooses_a_superset) {
       positions smaller;
       for (int step = 1; step <= 64; ++step) {
         const positions larger = choose(scores, {budget_at(step), keep}, diagonal);
-        EXPECT_TRUE(
-            std::includes(larger.begin(), larger.end(), smaller.begin(), smaller.end()));
+        EXPECT_TRUE(std::includes(larger.begin(), larger.end(), smaller.begin(), smaller.end()));
         smaller = larger;
       }
       EXPECT_EQ(smaller, legal_positions(scores));
@@ -254,8 +252,7 @@ TEST(selector, the_diagonal_is_kept_only_when_asked_for_and_where_it_is_legal) {
 TEST(selector, protected_units_use_up_the_budget_or_come_on_top) {
   const std::vector<float> scores = {1, 5, 4, 3, 1};
   constexpr protection inside = {.first = 1, .recent = 1};
-  constexpr protection on_top = {
-      .first = 1, .recent = 1, .counted = protection::counting::on_top};
+  constexpr protection on_top = {.first = 1, .recent = 1, .counted = protection::counting::on_top};
   EXPECT_EQ(choose(scores, {budget::fixed(3), inside}), (positions{0, 1, 4}));
   EXPECT_EQ(choose(scores, {budget::fixed(2), on_top}), (positions{0, 1, 2, 4}));
   EXPECT_EQ(choose(scores, {budget::fixed(1), inside}), (positions{0, 4}));  // kept all the same
@@ -271,7 +268,9 @@ TEST(selector, a_unit_protected_twice_is_chosen_and_counted_once) {
 }
 
 TEST(selector, negative_protection_is_refused) {
-  EXPECT_EQ(error_of([] { choose({1.0f}, {budget::fixed(1), {.first = -1}}); }),
+  EXPECT_EQ(error_of([] {
+              choose({1.0f}, {budget::fixed(1), {.first = -1}});
+            }),
             "selection: protected first -1 and recent 0 must not be negative");
   EXPECT_NE(error_of([] { choose({1.0f}, {budget::fixed(1), {.recent = -2}}); }), "");
 }
@@ -305,8 +304,8 @@ TEST(selector, protected_mass_counts_inside_and_not_on_top) {
   const std::vector<float> scores = {4, 1, 2, 1};
   EXPECT_EQ(choose(scores, {budget::coverage(0.75), {.first = 1}}), (positions{0, 2}));
   EXPECT_EQ(choose(scores, {budget::coverage(0.5), {.first = 1}}), positions{0});
-  EXPECT_EQ(choose(scores, {budget::coverage(0.5),
-                            {.first = 1, .counted = protection::counting::on_top}}),
+  EXPECT_EQ(choose(scores,
+                   {budget::coverage(0.5), {.first = 1, .counted = protection::counting::on_top}}),
             (positions{0, 2}));
 }
 
@@ -314,12 +313,13 @@ TEST(selector, coverage_keeps_to_its_bounds) {
   const std::vector<float> scores = {1, 8, 4, 3};
   EXPECT_EQ(choose(scores, {budget::coverage(0.5).at_least(3)}), (positions{1, 2, 3}));
   EXPECT_EQ(choose(scores, {budget::coverage(1).at_most(2)}), (positions{1, 2}));
-  EXPECT_EQ(choose(scores, {budget::coverage(0.01).at_least(2), {.first = 1}}),
-            (positions{0, 1}));
+  EXPECT_EQ(choose(scores, {budget::coverage(0.01).at_least(2), {.first = 1}}), (positions{0, 1}));
 }
 
 TEST(selector, coverage_refuses_negative_scores) {
-  EXPECT_EQ(error_of([] { choose({1.0f, -0.5f}, {budget::coverage(0.5)}); }),
+  EXPECT_EQ(error_of([] {
+              choose({1.0f, -0.5f}, {budget::coverage(0.5)});
+            }),
             "selection: coverage needs scores >= 0, unit 1 has -0.500000");
   EXPECT_EQ(choose({1.0f, -0.0f, illegal}, {budget::coverage(1)}), (positions{0, 1}));
   EXPECT_EQ(choose({1.0f, -0.5f}, {budget::fixed(2)}), (positions{0, 1}));
@@ -330,8 +330,12 @@ TEST(selector, coverage_refuses_negative_scores) {
 TEST(selector, choices_do_not_depend_on_earlier_ones) {
   sattn::selector used;
   positions chosen;
-  used.choose(std::vector<float>(100, 1.0f), {budget::coverage(0.9)}, {}, chosen);
+  used.choose(std::vector<float>(100, 9.0f), {budget::coverage(0.9)}, {}, chosen);
   used.choose(std::vector<float>{3, 1, 2}, {budget::fixed(2)}, {}, chosen);
+  EXPECT_EQ(chosen, (positions{0, 2}));
+  used.choose(std::vector<float>(100, 9.0f), {budget::coverage(0.9)}, {}, chosen);
+  used.choose(std::vector<float>{3, 1, 2},
+              {budget::fixed(2), {.counted = protection::counting::on_top}}, {}, chosen);
   EXPECT_EQ(chosen, (positions{0, 2}));
   used.choose(std::vector<float>{illegal}, {budget::fixed(2)}, {}, chosen);
   EXPECT_EQ(chosen, positions{});

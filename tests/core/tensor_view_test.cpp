@@ -181,7 +181,7 @@ bool share_a_byte(const tensor_view<T>& a, const tensor_view<U>& b) {
 }
 
 tensor_view<float> random_view(random_source& random, float* memory) {
-  return {memory + random.integer(0, 30), random.integer(0, 4), random.integer(0, 4),
+  return {memory + random.integer(0, 30), random.integer(0, 4),  random.integer(0, 4),
           random.integer(0, 4),           random.integer(0, 14), random.integer(0, 14)};
 }
 
@@ -243,9 +243,12 @@ TEST(may_overlap, compares_bytes_when_the_types_differ) {
     auto* const floats = reinterpret_cast<float*>(memory.data());
     auto* const doubles = reinterpret_cast<double*>(memory.data());
     const tensor_view<float> a = random_view(random, floats);
-    const tensor_view<double> b = {doubles + random.integer(0, 10), random.integer(0, 4),
-                                   random.integer(0, 4),            random.integer(0, 3),
-                                   random.integer(0, 8),            random.integer(0, 8)};
+    const tensor_view<double> b = {doubles + random.integer(0, 10),
+                                   random.integer(0, 4),
+                                   random.integer(0, 4),
+                                   random.integer(0, 3),
+                                   random.integer(0, 8),
+                                   random.integer(0, 8)};
     if (share_a_byte(a, b)) {
       ASSERT_TRUE(may_overlap(a, b) && may_overlap(b, a));
     }
@@ -271,8 +274,8 @@ TEST(may_overlap, is_exact_for_parts_of_a_fused_row) {
       const index_t dim = random.integer(1, width / heads + 1);
       const index_t from = random.integer(0, width - heads * dim + 1);
       const index_t token = random.integer(0, 5);
-      return tensor_view<float>{memory.data() + token * width + from, random.integer(2, 6), heads,
-                                dim,                                  width,                dim};
+      return tensor_view<float>{
+          memory.data() + token * width + from, random.integer(2, 6), heads, dim, width, dim};
     };
     const tensor_view<float> a = part();
     const tensor_view<float> b = part();

@@ -11,9 +11,8 @@
 
 namespace test_support {
 
-#ifdef __AVX512BW__
-using compiled_archs =
-    ::testing::Types<sattn::arch::sse2, sattn::arch::avx2, sattn::arch::avx512>;
+#if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
+using compiled_archs = ::testing::Types<sattn::arch::sse2, sattn::arch::avx2, sattn::arch::avx512>;
 #else
 using compiled_archs = ::testing::Types<sattn::arch::sse2, sattn::arch::avx2>;
 #endif

@@ -101,7 +101,7 @@ void expect_exp_within_bound(const std::vector<float>& x) {
   float worst = 0;
   for (std::size_t i = 0; i < x.size(); ++i) {
     const double want = std::exp(double{x[i]});
-    const double bound = want * (0x1p-22 + 0x1p-24 * std::abs(double{x[i]}));
+    const double bound = want * (0x1p-22 + 1.25 * 0x1p-24 * std::abs(double{x[i]}));
     const bool close = std::abs(double{y[i]} - want) <= bound;
     // Results below the smallest normal float are 0, also where rounding decides which it is.
     const bool flushed = y[i] == 0 && want - bound < double{smallest_normal};
@@ -129,9 +129,9 @@ TYPED_TEST(exp_test, is_exact_at_zero_and_at_minus_infinity) {
   EXPECT_FALSE(std::signbit(nothing));
 }
 
-TYPED_TEST(exp_test, is_zero_below_minus_88_03) {
+TYPED_TEST(exp_test, is_zero_below_minus_87_34) {
   std::vector<float> x = sweep(true, 997);
-  std::erase_if(x, [](float value) { return value > -88.03F; });
+  std::erase_if(x, [](float value) { return value > -87.34F; });
   const std::vector<float> y = apply<TypeParam>(x, exp_of{});
   EXPECT_TRUE(std::all_of(y.begin(), y.end(), [](float value) { return value == 0.0F; }));
 }

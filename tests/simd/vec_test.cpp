@@ -74,10 +74,10 @@ TYPED_TEST(vec_test, load_partial_reads_nothing_else_and_fills_with_zeros) {
     for (const guard side : {guard::before, guard::after}) {
       guard_buffer<float> memory(count, side);
       for (index_t i = 0; i < count; ++i) memory.data()[i] = static_cast<float>(i + 1);
-      EXPECT_TRUE(bit_equal(stored(V::load_partial(memory.data(), count)),
-                            each_lane<TypeParam>([&](int i) {
-                              return i < count ? static_cast<float>(i + 1) : 0.0F;
-                            })));
+      EXPECT_TRUE(
+          bit_equal(stored(V::load_partial(memory.data(), count)), each_lane<TypeParam>([&](int i) {
+                      return i < count ? static_cast<float>(i + 1) : 0.0F;
+                    })));
     }
   }
 }
@@ -105,9 +105,9 @@ TYPED_TEST(vec_test, arithmetic_works_lane_by_lane) {
   const V y = V::load(b.data());
   const auto expect = [&](V got, auto&& f) {
     EXPECT_TRUE(bit_equal(stored(got), each_lane<TypeParam>([&](int i) {
-      const auto at = static_cast<std::size_t>(i);
-      return static_cast<float>(f(a[at], b[at]));
-    })));
+                            const auto at = static_cast<std::size_t>(i);
+                            return static_cast<float>(f(a[at], b[at]));
+                          })));
   };
   expect(x + y, [](float p, float q) { return p + q; });
   expect(x - y, [](float p, float q) { return p - q; });
@@ -136,10 +136,9 @@ TYPED_TEST(vec_test, a_nan_compares_false) {
   const V one = V::broadcast(1.0F);
   const V two = V::broadcast(2.0F);
   for (const V other : {one, not_a_number}) {
-    for (const std::vector<float>& lanes :
-         {stored(select_less(not_a_number, other, one, two)),
-          stored(select_less(other, not_a_number, one, two)),
-          stored(select_equal(not_a_number, other, one, two))}) {
+    for (const std::vector<float>& lanes : {stored(select_less(not_a_number, other, one, two)),
+                                            stored(select_less(other, not_a_number, one, two)),
+                                            stored(select_equal(not_a_number, other, one, two))}) {
       for (const float lane : lanes) EXPECT_EQ(lane, 2.0F);
     }
   }
@@ -181,17 +180,17 @@ TYPED_TEST(vec_test, select_bits_obeys_all_masks) {
   constexpr int width = vec<TypeParam>::width;
   []<int... I>(std::integer_sequence<int, I...>) {
     (expect_selected_bits<TypeParam, I * width>(), ...);
-  }(std::make_integer_sequence<int, 16 / width>{});
+  }
+  (std::make_integer_sequence<int, 16 / width>{});
 }
 
 TYPED_TEST(vec_test, select_bits_passes_nan_and_infinity_through_untouched) {
   using V = vec<TypeParam>;
   const V special = V::broadcast(nan);
   const V zero = V::zero();
-  EXPECT_TRUE(bit_equal(stored(sattn::simd::select_bits<0>(0, special, zero)),
-                        stored(zero)));
-  EXPECT_TRUE(bit_equal(stored(sattn::simd::select_bits<0>(0xffff, special, zero)),
-                        stored(special)));
+  EXPECT_TRUE(bit_equal(stored(sattn::simd::select_bits<0>(0, special, zero)), stored(zero)));
+  EXPECT_TRUE(
+      bit_equal(stored(sattn::simd::select_bits<0>(0xffff, special, zero)), stored(special)));
 }
 
 TYPED_TEST(vec_test, reductions_take_every_lane_once) {

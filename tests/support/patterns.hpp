@@ -24,7 +24,7 @@ namespace test_support {
 struct pattern_case {
   std::string name;
   sattn::any_pattern pattern;
-  selection selected;  // before the domain
+  mask_function selected;  // before the domain
 };
 
 enum class pattern_kind {
@@ -57,7 +57,7 @@ inline pattern_case random_blocks(random_source& random, const sattn::attention_
   const index_t cols = sattn::ceil_div(shape.kv_len, k_block);
   auto mask = std::make_shared<std::vector<std::uint8_t>>(at(sets * rows * cols));
   for (std::uint8_t& chosen : *mask) chosen = random.integer(0, 3) == 0 ? 1 : 0;
-  selection selected = [=](index_t h, index_t row, index_t key) {
+  mask_function selected = [=](index_t h, index_t row, index_t key) {
     const index_t set = set_of(shape, sets, h);
     return (*mask)[at((set * rows + row / q_block) * cols + key / k_block)] != 0;
   };
@@ -157,7 +157,7 @@ inline pattern_case random_pattern(random_source& random, const sattn::attention
     case pattern_kind::per_head: {
       const index_t count = random.pick<index_t>({shape.kv_heads, shape.q_heads});
       sattn::per_head pattern;
-      std::vector<selection> parts;
+      std::vector<mask_function> parts;
       std::string name = "per head:";
       for (index_t i = 0; i < count; ++i) {
         pattern_case part =

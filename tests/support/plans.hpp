@@ -52,6 +52,33 @@ template <class F>
   return ::testing::AssertionSuccess();
 }
 
+/// A plan_head by the names of its fields.
+struct head_fields {
+  std::vector<sattn::key_range> distances = {};
+  std::vector<sattn::key_range> columns = {};
+  std::vector<index_t> range_ptr = {};
+  std::vector<sattn::key_range> ranges = {};
+  std::vector<index_t> token_ptr = {};
+  std::vector<token_t> tokens = {};
+  std::vector<index_t> split_ptr = {};
+  std::vector<token_t> splits = {};
+
+  operator sattn::plan_head() const {
+    return {distances, columns, range_ptr, ranges, token_ptr, tokens, split_ptr, splits, {}};
+  }
+};
+
+/// The plan of one query head, exact.
+inline sattn::plan_data one_head(const sattn::attention_shape& shape, const sattn::domain& legal,
+                                 const sattn::tile_grid& grid, sattn::plan_head head) {
+  sattn::plan_data data;
+  data.shape = shape;
+  data.legal = legal;
+  data.grid = grid;
+  data.heads.push_back(std::move(head));
+  return data;
+}
+
 /// A context for planning: one thread and no kernels.
 class planning_context {
  public:
@@ -152,10 +179,9 @@ inline sattn::plan_data random_plan_data(random_source& random, index_t longest 
   data.legal = random_domain(random, static_cast<token_t>(data.shape.kv_len));
   data.grid.rows = random.pick<token_t>({1, 2, 3, 4, 8, 13, 16, 24, 64, 100, 128});
   data.grid.period = random.pick<token_t>({0, 0, 0, 1, 3, 24, 60, 100, 131, 1000});
-  data.rounding =
-      random.integer(0, 3) == 0 ? sattn::rounding::cover : sattn::rounding::exact;
-  data.map = random.pick({sattn::head_map::shared, sattn::head_map::per_kv_head,
-                          sattn::head_map::per_q_head});
+  data.rounding = random.integer(0, 3) == 0 ? sattn::rounding::cover : sattn::rounding::exact;
+  data.map = random.pick(
+      {sattn::head_map::shared, sattn::head_map::per_kv_head, sattn::head_map::per_q_head});
   for (index_t i = 0; i < plan_head_count(data.shape, data.map); ++i) {
     data.heads.push_back(random_plan_head(random, data));
   }
@@ -166,12 +192,12 @@ inline sattn::plan_data random_plan_data(random_source& random, index_t longest 
 inline std::string describe(const sattn::plan_data& data) {
   const sattn::attention_shape& s = data.shape;
   return "q_len " + std::to_string(s.q_len) + ", kv_len " + std::to_string(s.kv_len) +
-         ", q_offset " + std::to_string(s.q_offset) + ", heads " + std::to_string(s.q_heads) +
-         "/" + std::to_string(s.kv_heads) + ", map " +
-         std::to_string(static_cast<int>(data.map)) + ", causal " +
-         std::to_string(data.legal.causal) + ", window " + std::to_string(data.legal.window) +
-         ", prefix " + std::to_string(data.legal.prefix) + ", tiles of " +
-         std::to_string(data.grid.rows) + " rows, period " + std::to_string(data.grid.period) +
+         ", q_offset " + std::to_string(s.q_offset) + ", heads " + std::to_string(s.q_heads) + "/" +
+         std::to_string(s.kv_heads) + ", map " + std::to_string(static_cast<int>(data.map)) +
+         ", causal " + std::to_string(data.legal.causal) + ", window " +
+         std::to_string(data.legal.window) + ", prefix " + std::to_string(data.legal.prefix) +
+         ", tiles of " + std::to_string(data.grid.rows) + " rows, period " +
+         std::to_string(data.grid.period) +
          (data.rounding == sattn::rounding::cover ? ", cover" : ", exact");
 }
 

@@ -30,27 +30,15 @@
 #include "support/compare.hpp"
 #include "support/random.hpp"
 
-namespace sattn {
-
-// Defined by support/kernel_instances.hpp.
-extern template const kernel_table& kernels<arch::sse2>();
-#if defined(__AVX2__) && defined(__FMA__)
-extern template const kernel_table& kernels<arch::avx2>();
-#endif
-#if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
-extern template const kernel_table& kernels<arch::avx512>();
-#endif
-
-}  // namespace sattn
-
 namespace test_support {
 
 using sattn::index_t;
 using sattn::token_t;
 
 inline constexpr float infinity = std::numeric_limits<float>::infinity();
-inline constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+inline constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
 
+/// For indexing.
 constexpr std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
 
 enum class memory_layout { nhd, hnd, nhd_padded, hnd_padded };
@@ -77,7 +65,7 @@ class owned_tensor {
       head_stride_ = tokens * row + (padded ? 5 : 0);
     }
     const index_t used = tokens * token_stride_ + heads * head_stride_ + dim;
-    memory_.assign(at(used + 3 * around + shift), nan);
+    memory_.assign(at(used + 3 * around + shift), quiet_nan);
     const auto address = reinterpret_cast<std::uintptr_t>(memory_.data() + around);
     first_ = around + static_cast<index_t>((64 - address % 64) % 64 / sizeof(float)) + shift;
   }
@@ -127,10 +115,10 @@ class owned_tensor {
     std::vector<float> others = memory_;
     for (index_t t = 0; t < tokens_; ++t) {
       for (index_t h = 0; h < heads_; ++h) {
-        std::fill_n(others.begin() + (row(t, h) - memory_.data()), dim_, nan);
+        std::fill_n(others.begin() + (row(t, h) - memory_.data()), dim_, quiet_nan);
       }
     }
-    return bit_equal(others, std::vector<float>(others.size(), nan));
+    return bit_equal(others, std::vector<float>(others.size(), quiet_nan));
   }
 
  private:
@@ -289,9 +277,9 @@ inline std::string name_of(const sattn::context& ctx) {
 // ---- expecting ----------------------------------------------------------------------------------
 
 /// (q_head, row, key) -> is the key seen.
-using selection = std::function<bool(index_t, index_t, index_t)>;
+using mask_function = std::function<bool(index_t, index_t, index_t)>;
 
-inline reference::result expected(const attention_problem& p, selection selected) {
+inline reference::result expected(const attention_problem& p, mask_function selected) {
   const sattn::kv_view<float> kv = p.kv();
   // A sink of +infinity takes all the weight, which the oracle's arithmetic cannot express.
   std::vector<float> sinks = p.sink_logits;
@@ -320,7 +308,7 @@ inline reference::result expected(const attention_problem& p, selection selected
 }
 
 /// What a plan selects, one mask for each of its heads.
-inline selection selection_of(const sattn::attention_plan& plan) {
+inline mask_function mask_of(const sattn::attention_plan& plan) {
   auto masks = std::make_shared<std::vector<std::vector<std::uint8_t>>>(at(plan.heads()));
   std::vector<index_t> head_of;
   for (index_t h = 0; h < plan.shape().q_heads; ++h) {
@@ -331,12 +319,6 @@ inline selection selection_of(const sattn::attention_plan& plan) {
   return [masks, head_of, kv_len = plan.shape().kv_len](index_t h, index_t row, index_t key) {
     return (*masks)[at(head_of[at(h)])][at(row * kv_len + key)] != 0;
   };
-}
-
-/// The domain in the words of its documentation.
-inline bool is_legal(const sattn::domain& legal, index_t position, index_t key) {
-  if (legal.window > 0 && key <= position - legal.window) return false;
-  return !legal.causal || key <= position || key < legal.prefix;
 }
 
 /// The problem through the plan in every context, against one result of the oracle.
@@ -354,7 +336,7 @@ inline ::testing::AssertionResult within_bound(all_contexts& contexts,
 inline ::testing::AssertionResult within_bound(all_contexts& contexts,
                                                const sattn::attention_plan& plan,
                                                const attention_problem& p) {
-  return within_bound(contexts, plan, p, expected(p, selection_of(plan)));
+  return within_bound(contexts, plan, p, expected(p, mask_of(plan)));
 }
 
 }  // namespace test_support

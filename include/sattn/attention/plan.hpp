@@ -147,7 +147,8 @@ void plan_prefill_into(context& ctx, attention_plan& plan, const attention_shape
   data.rounding = options.rounding;
   data.map = map;
   detail::emit_heads(ctx, data, pattern);
-  detail::merge_dense_heads(data, options.tile_rows > 0 ? grid : dense{}.grid());
+  detail::merge_dense_heads(data,
+                            {options.tile_rows > 0 ? options.tile_rows : dense{}.grid().rows, 0});
 }
 
 template <attention_pattern P>

@@ -52,8 +52,9 @@ class budget {
 
   /// The count for so many legal units; for fixed and ratio budgets.
   index_t count(index_t legal) const {
-    const double wanted =
-        kind_ == kind::ratio ? std::ceil(amount_ * static_cast<double>(legal)) : amount_;
+    // A hair less than the product, so that 0.07 of 100 is 7 although the double is 7.000000000000001.
+    const double share = amount_ * static_cast<double>(legal);
+    const double wanted = kind_ == kind::ratio ? std::ceil(share - 1e-9 * share) : amount_;
     return std::min(clamp(static_cast<index_t>(wanted)), legal);
   }
 

@@ -53,30 +53,28 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   index_t legal = 0;
   for (const float s : scores) legal += s != illegal ? 1 : 0;
 
-  chosen.clear();
   candidates_.clear();
   const bool by_mass = rule.amount.by() == budget::kind::coverage;
+  // Protected units, the nth legal one at position i among them.
+  const auto is_kept = [&](index_t nth, token_t i) {
+    return nth < keep.first || nth >= legal - keep.recent ||
+           (keep.diagonal && i >= diagonal.begin && i < diagonal.end);
+  };
   double protected_mass = 0.0;
   double free_mass = 0.0;
-  index_t seen = 0;
+  index_t nth = 0;
   for (token_t i = 0; i < n; ++i) {
     const float score = scores[static_cast<std::size_t>(i)];
     if (score == illegal) continue;
     require(!by_mass || !(score < 0.0f), "selection: coverage needs scores >= 0, unit ", i,
             " has ", score);
-    const bool kept = seen < keep.first || seen >= legal - keep.recent ||
-                      (keep.diagonal && i >= diagonal.begin && i < diagonal.end);
-    ++seen;
+    const bool kept = is_kept(nth++, i);
     (kept ? protected_mass : free_mass) += static_cast<double>(score);
-    if (kept) {
-      chosen.push_back(i);
-    } else {
-      candidates_.push_back(rank(score, i));
-    }
+    if (!kept) candidates_.push_back(rank(score, i));
   }
   const bool inside = keep.counted == protection::counting::inside;
-  const auto kept = std::ssize(chosen);
   const auto free = std::ssize(candidates_);
+  const index_t kept = legal - free;
   index_t wanted = 0;
   if (by_mass) {
     const double all = inside ? protected_mass + free_mass : free_mass;
@@ -87,14 +85,21 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
     wanted = inside ? rule.amount.count(legal) - kept : rule.amount.count(legal);
   }
   wanted = std::clamp<index_t>(wanted, 0, free);
+  std::uint64_t last = 0;  // rank of the last chosen candidate
   if (wanted > 0 && wanted < free) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + wanted, candidates_.end(),
-                     std::greater<>());
+    const auto at = candidates_.begin() + (wanted - 1);
+    std::nth_element(candidates_.begin(), at, candidates_.end(), std::greater<>());
+    last = *at;
   }
-  for (index_t i = 0; i < wanted; ++i) {
-    chosen.push_back(position_of(candidates_[static_cast<std::size_t>(i)]));
+  // One ordered pass instead of a sort of what was chosen.
+  chosen.clear();
+  chosen.reserve(static_cast<std::size_t>(kept + wanted));
+  nth = 0;
+  for (token_t i = 0; i < n; ++i) {
+    const float score = scores[static_cast<std::size_t>(i)];
+    if (score == illegal) continue;
+    if (is_kept(nth++, i) || (wanted > 0 && rank(score, i) >= last)) chosen.push_back(i);
   }
-  std::sort(chosen.begin(), chosen.end());
 }
 
 /// How many of the best candidates reach the target mass; leaves them sorted.

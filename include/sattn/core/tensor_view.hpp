@@ -100,7 +100,8 @@ void check_view(std::string_view name, const tensor_view<T>& view) {
           ", 1] overflow the address space");
 }
 
-/// Throws shape_error unless distinct (token, head) rows of an output occupy distinct memory.
+/// Throws shape_error unless the (token, head) rows of an output lie apart: the heads within a token
+/// or the tokens within a head.
 template <class T>
 void check_writable(std::string_view name, const tensor_view<T>& view) {
   check_view(name, view);

@@ -56,6 +56,17 @@ class probability_tile {
   std::vector<float> joined_;
 };
 
+/// Adds the probabilities of one more row of a list; illegal only where no row may look.
+inline void join_rows(std::span<float> sum, std::span<const float> row, bool first) {
+  for (std::size_t i = 0; i < sum.size(); ++i) {
+    if (first || sum[i] == not_legal) {
+      sum[i] = row[i];
+    } else if (row[i] != not_legal) {
+      sum[i] += row[i];
+    }
+  }
+}
+
 }  // namespace detail
 
 /// Exact attention probabilities of the rows [begin, end), joined over the heads of a set.
@@ -135,19 +146,16 @@ inline token_lists select_tokens(context& ctx, const attention_shape& shape,
       const index_t rows = std::min(tile_lanes, end_row - row);
       own->tile.compute(q, k, set, row, rows);
       for (index_t r = row; r < row + rows; ++r) {
-        const std::span<const float> scores = own->tile.row(r - row);
-        const bool first_of_list = r % rows_per_list == 0;
-        for (std::size_t i = 0; i < own->sum.size(); ++i) {
-          const bool add = !first_of_list && own->sum[i] != detail::not_legal &&
-                           scores[i] != detail::not_legal;
-          own->sum[i] = add ? own->sum[i] + scores[i]
-                            : (first_of_list ? scores[i] : std::max(own->sum[i], scores[i]));
+        std::span<const float> scores = own->tile.row(r - row);
+        if (rows_per_list > 1) {
+          detail::join_rows(own->sum, scores, r % rows_per_list == 0);
+          scores = own->sum;
         }
         const index_t next = std::min((list + 1) * rows_per_list, shape.q_len);
         if (r + 1 < next) continue;
         const key_range own_positions{shape.position(list * rows_per_list),
                                       shape.position(next)};
-        own->choose.choose(own->sum, rule, own_positions,
+        own->choose.choose(scores, rule, own_positions,
                            chosen[static_cast<std::size_t>(set * per_set + list)]);
         ++list;
       }

@@ -24,18 +24,14 @@ class context {
   /// Threads of its own, one per core unless told otherwise, and the kernels for the flags of the
   /// calling source file. Throws: unsupported if the CPU lacks them.
   explicit context(index_t threads = 0, const kernel_table& table = kernels<arch::native>())
-      : own_pool_(std::make_unique<thread_pool>(threads)),
-        executor_(*own_pool_),
-        kernels_(&table) {
-    check_cpu();
-  }
+      : kernels_(&checked(table)),
+        own_pool_(std::make_unique<thread_pool>(threads)),
+        executor_(*own_pool_) {}
 
   /// Borrows the caller's threads; they must outlive the context.
   template <parallel_executor E>
   explicit context(E& executor, const kernel_table& table = kernels<arch::native>())
-      : executor_(executor), kernels_(&table) {
-    check_cpu();
-  }
+      : kernels_(&checked(table)), executor_(executor) {}
 
   const executor_ref& executor() const { return executor_; }
   const sattn::kernel_table& kernel_table() const { return *kernels_; }
@@ -71,14 +67,15 @@ class context {
   }
 
  private:
-  void check_cpu() const {
-    require<unsupported>(kernels_->cpu_supports(), "context: this CPU does not have ",
-                         kernels_->name, ", which the kernels were compiled for");
+  static const sattn::kernel_table& checked(const sattn::kernel_table& table) {
+    require<unsupported>(table.cpu_supports(), "context: this CPU does not have ", table.name,
+                         ", which the kernels were compiled for");
+    return table;
   }
 
+  const sattn::kernel_table* kernels_;
   std::unique_ptr<thread_pool> own_pool_;
   executor_ref executor_;
-  const sattn::kernel_table* kernels_;
   aligned_buffer own_;
   std::span<std::byte> borrowed_;
   std::vector<plan_scratch> scratch_;

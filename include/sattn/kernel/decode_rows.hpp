@@ -11,75 +11,103 @@
 
 namespace sattn::kernel {
 
-/// scores[n][key] = q[n] . k[key] for Keys keys and Queries query rows.
-template <class Arch, int Keys, int Queries>
-SATTN_NOINLINE void qk_rows(const float* const* k_rows, const float* q, index_t q_stride,
-                            index_t head_dim, float* SATTN_RESTRICT scores) noexcept {
+/// scores[n][key] = q[n] . k[key] for all keys, one row of K at a time: memory delivers an ascending
+/// stream at its full rate, and several rows in lock step at half of it (docs/dead_ends.md).
+template <class Arch, int Queries>
+SATTN_NOINLINE void qk_rows(const float* const* k_rows, index_t count, const float* q,
+                            index_t q_stride, index_t head_dim,
+                            float* SATTN_RESTRICT scores) noexcept {
   using V = simd::vec<Arch>;
   constexpr index_t width = V::width;
-  V acc[Keys][Queries];
-  simd::unroll<Keys>([&](auto k) SATTN_INLINE_LAMBDA {
-    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA { acc[k][n] = V::zero(); });
-  });
-  index_t i = 0;
+  // The same for any number of queries: a row's bits do not depend on the rows beside it. Keys are
+  // independent, so two chains a query are enough to cover the FMA latency.
+  constexpr int chains = 2;
   SATTN_NO_UNROLL
-  for (; i + width <= head_dim; i += width) {
-    V row[Keys];
-    simd::unroll<Keys>([&](auto k) SATTN_INLINE_LAMBDA { row[k] = V::load(k_rows[k] + i); });
+  for (index_t key = 0; key < count; ++key) {
+    const float* const k = k_rows[key];
+    V acc[Queries][chains];
     simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-      const V x = V::load_aligned(q + n * q_stride + i);
-      simd::unroll<Keys>(
-          [&](auto k) SATTN_INLINE_LAMBDA { acc[k][n] = simd::fma(x, row[k], acc[k][n]); });
+      simd::unroll<chains>([&](auto c) SATTN_INLINE_LAMBDA { acc[n][c] = V::zero(); });
     });
-  }
-  if (i < head_dim) {
-    simd::unroll<Keys>([&](auto k) SATTN_INLINE_LAMBDA {
-      const V tail = V::load_partial(k_rows[k] + i, head_dim - i);
-      simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-        acc[k][n] = simd::fma(V::load_aligned(q + n * q_stride + i), tail, acc[k][n]);
+    index_t i = 0;
+    SATTN_NO_UNROLL
+    for (; i + chains * width <= head_dim; i += chains * width) {
+      simd::unroll<chains>([&](auto c) SATTN_INLINE_LAMBDA {
+        const V row = V::load(k + i + c * width);
+        simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+          acc[n][c] = simd::fma(V::load_aligned(q + n * q_stride + i + c * width), row, acc[n][c]);
+        });
       });
+    }
+    for (; i < head_dim; i += width) {
+      const V row = i + width <= head_dim ? V::load(k + i) : V::load_partial(k + i, head_dim - i);
+      simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+        acc[n][0] = simd::fma(V::load_aligned(q + n * q_stride + i), row, acc[n][0]);
+      });
+    }
+    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+      scores[n * chunk_keys + key] = simd::reduce_add(acc[n][0] + acc[n][1]);
     });
   }
-  simd::unroll<Keys>([&](auto k) SATTN_INLINE_LAMBDA {
-    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-      scores[n * chunk_keys + k] = simd::reduce_add(acc[k][n]);
-    });
-  });
 }
 
-/// out[n] = out[n] * rescale[n] + sum over keys of p[n][key] v[key], for the Vecs registers of
-/// columns that start at `col`; the last `tail` columns alone when it is not 0.
-template <class Arch, int Vecs, int Queries, bool Tail>
-SATTN_NOINLINE void pv_rows(const float* const* v_rows, index_t col, index_t tail, index_t count,
+/// out[n] += sum over Rows rows of V of p[n][row] * row. The output stays in the first-level cache.
+template <class Arch, int Queries, int Rows>
+SATTN_ALWAYS_INLINE void add_rows(const float* const* v_rows, index_t v_dim, const float* p,
+                                  float* SATTN_RESTRICT out, index_t out_stride) {
+  using V = simd::vec<Arch>;
+  constexpr index_t width = V::width;
+  const float* v[Rows];
+  V weight[Queries][Rows];
+  simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA {
+    v[r] = v_rows[r];
+    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+      weight[n][r] = V::broadcast(p[n * chunk_keys + r]);
+    });
+  });
+  const auto add = [&](index_t col, const V (&row)[Rows]) SATTN_INLINE_LAMBDA {
+    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+      float* const at = out + n * out_stride + col;
+      V sum = V::load_aligned(at);
+      simd::unroll<Rows>(
+          [&](auto r) SATTN_INLINE_LAMBDA { sum = simd::fma(weight[n][r], row[r], sum); });
+      sum.store_aligned(at);
+    });
+  };
+  V row[Rows];
+  index_t col = 0;
+  for (; col + width <= v_dim; col += width) {
+    simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA { row[r] = V::load(v[r] + col); });
+    add(col, row);
+  }
+  if (col < v_dim) {
+    simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA {
+      row[r] = V::load_partial(v[r] + col, v_dim - col);
+    });
+    add(col, row);
+  }
+}
+
+/// out[n] = out[n] * rescale[n] + sum over keys of p[n][key] v[key], two rows of V at a time: one
+/// would be bound by its stores, four would break the stream from memory.
+template <class Arch, int Queries>
+SATTN_NOINLINE void pv_rows(const float* const* v_rows, index_t count, index_t v_dim,
                             const float* p, const float* rescale, float* SATTN_RESTRICT out,
                             index_t out_stride) noexcept {
   using V = simd::vec<Arch>;
-  constexpr index_t width = V::width;
-  V acc[Queries][Vecs];
-  simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+  for (int n = 0; n < Queries; ++n) {
     const V factor = V::broadcast(rescale[n]);
-    simd::unroll<Vecs>([&](auto c) SATTN_INLINE_LAMBDA {
-      acc[n][c] = V::load_aligned(out + n * out_stride + col + c * width) * factor;
-    });
-  });
-  SATTN_NO_UNROLL
-  for (index_t key = 0; key < count; ++key) {
-    const float* v = v_rows[key] + col;
-    V row[Vecs];
-    simd::unroll<Vecs>([&](auto c) SATTN_INLINE_LAMBDA {
-      row[c] = Tail ? V::load_partial(v, tail) : V::load(v + c * width);
-    });
-    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-      const V x = V::broadcast(p[n * chunk_keys + key]);
-      simd::unroll<Vecs>(
-          [&](auto c) SATTN_INLINE_LAMBDA { acc[n][c] = simd::fma(x, row[c], acc[n][c]); });
-    });
+    for (index_t col = 0; col < v_dim; col += V::width) {
+      float* const at = out + n * out_stride + col;
+      (V::load_aligned(at) * factor).store_aligned(at);
+    }
   }
-  simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-    simd::unroll<Vecs>([&](auto c) SATTN_INLINE_LAMBDA {
-      acc[n][c].store_aligned(out + n * out_stride + col + c * width);
-    });
-  });
+  index_t key = 0;
+  SATTN_NO_UNROLL
+  for (; key + 2 <= count; key += 2) {
+    add_rows<Arch, Queries, 2>(v_rows + key, v_dim, p + key, out, out_stride);
+  }
+  if (key < count) add_rows<Arch, Queries, 1>(v_rows + key, v_dim, p + key, out, out_stride);
 }
 
 /// One row of scores: soft cap, mask, softmax against the running maximum. Returns the factor of
@@ -127,40 +155,18 @@ SATTN_NOINLINE float softmax_row(const rows_args& args, index_t query, float* SA
 
 template <class Arch, int Queries>
 SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first) {
-  using V = simd::vec<Arch>;
-  constexpr index_t width = V::width;
-  constexpr int keys = Queries == 4 ? 3 : 4;              // 12, 8 or 4 accumulators
-  constexpr int vecs = Queries == 4 ? 3 : Queries == 2 ? 4 : 8;
   const index_t q_stride = row_out_floats(args.head_dim);
   const index_t state_stride = row_state_floats(args.v_dim);
-  const float* const q = args.q + first * q_stride;
   float* const states = args.states + first * state_stride;
-
-  index_t key = 0;
-  for (; key + keys <= args.count; key += keys) {
-    qk_rows<Arch, keys, Queries>(args.k_rows + key, q, q_stride, args.head_dim, args.scores + key);
-  }
-  for (; key < args.count; ++key) {
-    qk_rows<Arch, 1, Queries>(args.k_rows + key, q, q_stride, args.head_dim, args.scores + key);
-  }
+  qk_rows<Arch, Queries>(args.k_rows, args.count, args.q + first * q_stride, q_stride,
+                         args.head_dim, args.scores);
   float rescale[Queries];
   for (int n = 0; n < Queries; ++n) {
     rescale[n] = softmax_row<Arch>(args, first + n, args.scores + n * chunk_keys,
                                    states + n * state_stride + row_out_floats(args.v_dim));
   }
-  index_t col = 0;
-  for (; col + vecs * width <= args.v_dim; col += vecs * width) {
-    pv_rows<Arch, vecs, Queries, false>(args.v_rows, col, 0, args.count, args.scores, rescale,
-                                        states, state_stride);
-  }
-  for (; col + width <= args.v_dim; col += width) {
-    pv_rows<Arch, 1, Queries, false>(args.v_rows, col, 0, args.count, args.scores, rescale, states,
-                                     state_stride);
-  }
-  if (col < args.v_dim) {
-    pv_rows<Arch, 1, Queries, true>(args.v_rows, col, args.v_dim - col, args.count, args.scores,
-                                    rescale, states, state_stride);
-  }
+  pv_rows<Arch, Queries>(args.v_rows, args.count, args.v_dim, args.scores, rescale, states,
+                         state_stride);
 }
 
 /// One chunk of keys for every query row, four (then two, then one) at a time.

@@ -21,21 +21,21 @@ inline constexpr index_t distance_bit_offset = 128;
 /// The keys of one plan head: the union of two encodings, either of which may be empty.
 struct plan_head {
   // Structured, for every row alike; O(1) for dense and windows, O(runs) for vertical-slash.
-  std::vector<key_range> distances;  // sorted runs of position - key, disjoint and not touching
-  std::vector<key_range> columns;    // sorted runs of keys, disjoint and not touching
+  std::vector<key_range> distances = {};  // sorted runs of position - key, disjoint and not touching
+  std::vector<key_range> columns = {};    // sorted runs of keys, disjoint and not touching
 
   // Lists, CSR over the tiles of the grid; both pointers are empty or have tiles + 1 entries.
-  std::vector<index_t> range_ptr;
-  std::vector<key_range> ranges;  // sorted per tile, disjoint, two keys or more
-  std::vector<index_t> token_ptr;
-  std::vector<token_t> tokens;  // sorted per tile, outside the ranges
+  std::vector<index_t> range_ptr = {};
+  std::vector<key_range> ranges = {};  // sorted per tile, disjoint and not touching
+  std::vector<index_t> token_ptr = {};
+  std::vector<token_t> tokens = {};  // sorted per tile; single keys, to be stored in 4 bytes
 
   // Where the keys of a tile are cut for decoding; empty = not at all. CSR over the tiles.
-  std::vector<index_t> split_ptr;
-  std::vector<token_t> splits;  // first position of each split; the first is 0
+  std::vector<index_t> split_ptr = {};
+  std::vector<token_t> splits = {};  // first position of each split; the first is 0
 
   // Derived from distances: bit d + distance_bit_offset is set for every selected distance d.
-  std::vector<std::uint64_t> distance_bits;
+  std::vector<std::uint64_t> distance_bits = {};
 
   void set_distance_bits() {
     distance_bits.clear();
@@ -66,12 +66,12 @@ struct plan_head {
 /// Everything a run needs to know besides the tensors. Plain data: read it, write it to a file,
 /// make one by hand and hand it to attention_plan, which checks it.
 struct plan_data {
-  attention_shape shape;
-  sattn::domain legal;
-  tile_grid grid;
+  attention_shape shape = {};
+  sattn::domain legal = {};
+  tile_grid grid = {};
   sattn::rounding rounding = sattn::rounding::exact;
   head_map map = head_map::shared;
-  std::vector<plan_head> heads;  // 1, kv_heads or q_heads, by map
+  std::vector<plan_head> heads = {};  // 1, kv_heads or q_heads, by map
 };
 
 constexpr index_t plan_head_count(const attention_shape& shape, head_map map) {

@@ -95,8 +95,8 @@ inline void attention_plan::validate() const {
 }
 
 inline attention_plan::attention_plan(plan_data data) : data_(std::move(data)) {
+  validate();  // first: the bits are as many as the distances say
   for (plan_head& h : data_.heads) h.set_distance_bits();
-  validate();
 }
 
 inline plan_stats attention_plan::stats() const {
@@ -106,7 +106,7 @@ inline plan_stats attention_plan::stats() const {
     stats.legal += data_.legal.legal(shape.position(row), shape.kv_len).size();
   }
   stats.legal *= shape.q_heads;
-  if (heads() == 0) return stats;
+  if (heads() == 0 || shape.q_heads == 0) return stats;
 
   const lane_layout lanes = layout();
   const index_t sharing = sharing_heads();

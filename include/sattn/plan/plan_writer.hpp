@@ -12,9 +12,9 @@ namespace sattn {
 
 /// What a pattern is asked for: the keys of one plan head.
 struct plan_scope {
-  attention_shape shape;
-  domain legal;
-  tile_grid grid;
+  attention_shape shape = {};
+  domain legal = {};
+  tile_grid grid = {};
   head_map map = head_map::shared;
   index_t head = 0;  // plan head
 
@@ -24,10 +24,14 @@ struct plan_scope {
   }
 
   /// Which of `count` sets of data belongs to this plan head: the only one, the one of the kv head,
-  /// or the one of the query head.
+  /// or the one of the query head. Throws: shape_error if there is not one for each.
   index_t pick(index_t count) const {
     if (count == 1) return 0;
-    return count == shape.q_heads ? head : kv_head();
+    if (map == head_map::per_q_head && count == shape.q_heads) return head;
+    require(map != head_map::shared && count == shape.kv_heads,
+            "plan: a part of the pattern holds ", count, " sets of data for ", shape.q_heads,
+            " q heads and ", shape.kv_heads, " kv heads");
+    return kv_head();
   }
 
   index_t tiles() const { return grid.tiles(shape.q_len); }

@@ -160,6 +160,7 @@ inline void tile_cursor::advance_hull() {
 
 /// Finds the next keys that share one reason to be there; false at the end.
 inline bool tile_cursor::next_segment() {
+  if (next_key_ >= end_key_) return false;
   columns_.skip_before(next_key_);
   ranges_.skip_before(next_key_);
   while (token_ != token_end_ && *token_ < next_key_) ++token_;

@@ -33,7 +33,7 @@ struct tile_grid {
             static_cast<token_t>(std::min<index_t>(begin + rows, limit))};
   }
 
-  /// The grid that respects both: tiles are no taller and break wherever either breaks.
+  /// The grid that respects both: tiles are no taller, and break at the multiples of both periods.
   friend constexpr tile_grid operator&(const tile_grid& a, const tile_grid& b) {
     return {std::min(a.rows, b.rows), std::gcd(a.period, b.period)};  // gcd(x, 0) = x
   }

@@ -5,11 +5,11 @@
 
 namespace sattn::simd {
 
-/// e^x for x <= 0: exactly 1 at 0, exactly 0 at -inf and below -88.03, NaN for NaN.
+/// e^x for x <= 0: exactly 1 at 0, exactly 0 at -inf and below -87.34, NaN for NaN.
 ///
-/// Accuracy: relative error below 2^-22 + 2^-24 |x| (the second term is the rounding of
-/// x log2(e)); tests/simd/exp_test.cpp holds the bound. Results below FLT_MIN are 0, never
-/// subnormal: a subnormal costs a hundred cycles on some CPUs.
+/// Accuracy: relative error below 2^-22 + 1.25 * 2^-24 |x| (the second term is the rounding of
+/// log2(e) and of its product with x); tests/simd/exp_test.cpp holds the bound. Results below
+/// FLT_MIN are 0, never subnormal: a subnormal costs a hundred cycles on some CPUs.
 ///
 /// 2^f on [-1/2, 1/2] is a minimax polynomial of degree 5 with relative error 2.1e-7.
 template <class Arch>
@@ -18,8 +18,9 @@ SATTN_ALWAYS_INLINE vec<Arch> exp_nonpositive(vec<Arch> x) {
   using batch = typename V::batch;
   const V scaled = x * V::broadcast(1.44269504088896341f);
   // select, not max: max(constant, NaN) is the constant on some versions of xsimd.
-  const V floor = V::broadcast(-127.0f);
-  const batch y = select_less(scaled, floor, floor, scaled).as_batch();
+  // Below 2^-126 the exponent becomes -127, which stands for 0.
+  const V floor = V::broadcast(-126.0f);
+  const batch y = select_less(scaled, floor, V::broadcast(-127.0f), scaled).as_batch();
   const auto exponent = xsimd::nearbyint_as_int(y);
   const V f = V::of(y - xsimd::to_float(exponent));
   V p = V::broadcast(0.001327647198f);

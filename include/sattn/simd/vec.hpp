@@ -6,6 +6,7 @@
 #include <sattn/simd/arch.hpp>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <xsimd/xsimd.hpp>
 
@@ -77,6 +78,12 @@ struct vec {
 /// a * b + c, fused where the instruction set has it.
 template <class Arch>
 SATTN_ALWAYS_INLINE vec<Arch> fma(vec<Arch> a, vec<Arch> b, vec<Arch> c) {
+#ifdef __AVX512F__
+  // xsimd 8.1 has none for AVX-512 and multiplies, then adds.
+  if constexpr (std::is_same_v<Arch, arch::avx512>) {
+    return {_mm512_fmadd_ps(a.reg, b.reg, c.reg)};
+  }
+#endif
   return vec<Arch>::of(xsimd::fma(a.as_batch(), b.as_batch(), c.as_batch()));
 }
 

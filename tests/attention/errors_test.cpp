@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What attend() refuses. Each refusal names the numbers and leaves the outputs alone.
+
+#include <sattn/attention/attend.hpp>
+
+#include <gtest/gtest.h>
+#include <sattn/pattern/token_lists.hpp>
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <functional>
+#include <limits>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "support/errors.hpp"
+#include "support/problem.hpp"
+
+namespace {
+
+using namespace sattn;         // NOLINT(google-build-using-namespace)
+using namespace test_support;  // NOLINT(google-build-using-namespace)
+
+constexpr index_t huge = std::numeric_limits<index_t>::max();
+
+// A valid call that a test then spoils.
+struct call {
+  attention_plan plan;
+  std::vector<float> memory;  // everything the views point to
+  std::vector<attention_sequence> sequences;
+  std::vector<float> sinks = std::vector<float>(4, 0.5f);
+  attention_options options;
+  attention_sequence& s;
+
+  call()
+      : memory(4096, 1.0f), sequences(2, make_sequence()), s(sequences[0]) {
+    // The other sequence lies behind the first, 2048 floats later.
+    attention_sequence& other = sequences[1];
+    for (auto* view : {&other.q, &other.kv.k, &other.kv.v}) view->data += 2048;
+    other.output.out.data += 2048;
+    other.output.lse.data += 2048;
+    options.sink_logits = sinks;
+  }
+  call(const call&) = delete;
+  call& operator=(const call&) = delete;
+
+  attention_sequence make_sequence() {
+    context ctx(1);
+    plan = plan_prefill(ctx, {6, 10, 4, 2, 4}, dense{});
+    float* const x = memory.data();
+    return {&plan, nhd<const float>(x, 6, 4, 8),
+            {nhd<const float>(x + 256, 10, 2, 8), nhd<const float>(x + 512, 10, 2, 6)},
+            {nhd(x + 1024, 6, 4, 6), nhd(x + 1536, 6, 4, 1)}};
+  }
+};
+
+struct error_case {
+  const char* name;
+  std::function<void(call&)> spoil;
+  std::vector<std::string> parts;  // of the message
+};
+
+const float* bytes_off(const float* x, std::uintptr_t bytes) {
+  return reinterpret_cast<const float*>(reinterpret_cast<std::uintptr_t>(x) + bytes);
+}
+
+const std::vector<error_case>& shape_errors() {
+  static const std::vector<error_case> cases = {
+      {"no plan", [](call& c) { c.s.plan = nullptr; }, {"plan"}},
+      {"q tokens", [](call& c) { c.s.q.tokens = 5; }, {"q tokens", "5", "6"}},
+      {"q heads", [](call& c) { c.s.q.heads = 3; }, {"q heads", "3", "4"}},
+      {"k tokens", [](call& c) { c.s.kv.k.tokens = 9; }, {"k tokens", "9", "10"}},
+      {"k heads", [](call& c) { c.s.kv.k.heads = 1; }, {"k heads", "1", "2"}},
+      {"v tokens", [](call& c) { c.s.kv.v.tokens = 11; }, {"v tokens", "11", "10"}},
+      {"v heads", [](call& c) { c.s.kv.v.heads = 1; }, {"v heads", "1", "2"}},
+      {"k dim", [](call& c) { c.s.kv.k.dim = 7; }, {"k dim", "7", "8"}},
+      {"out tokens", [](call& c) { c.s.output.out.tokens = 5; }, {"out tokens", "5", "6"}},
+      {"out heads", [](call& c) { c.s.output.out.heads = 2; }, {"out heads", "2", "4"}},
+      {"out dim", [](call& c) { c.s.output.out.dim = 5; }, {"out dim", "5", "6"}},
+      {"lse tokens", [](call& c) { c.s.output.lse.tokens = 5; }, {"lse tokens", "5", "6"}},
+      {"lse heads", [](call& c) { c.s.output.lse.heads = 3; }, {"lse heads", "3", "4"}},
+      {"lse dim",
+       [](call& c) { c.s.output.lse = nhd(c.s.output.lse.data, 6, 4, 2); },
+       {"lse dim", "2", "1"}},
+      {"head_dim 0",
+       [](call& c) { c.s.q.dim = c.s.kv.k.dim = 0; },
+       {"head_dim 0", "positive"}},
+      {"v_dim 0",
+       [](call& c) { c.s.kv.v.dim = c.s.output.out.dim = 0; },
+       {"v_dim 0", "positive"}},
+      {"negative extent", [](call& c) { c.s.q.tokens = -6; }, {"q", "-6"}},
+      {"negative stride", [](call& c) { c.s.kv.k.token_stride = -16; }, {"k", "-16"}},
+      {"null q", [](call& c) { c.s.q.data = nullptr; }, {"q", "null", "6"}},
+      {"null k", [](call& c) { c.s.kv.k.data = nullptr; }, {"k", "null", "10"}},
+      {"null v", [](call& c) { c.s.kv.v.data = nullptr; }, {"v", "null", "10"}},
+      {"null out", [](call& c) { c.s.output.out.data = nullptr; }, {"out", "null"}},
+      {"misaligned q", [](call& c) { c.s.q.data = bytes_off(c.s.q.data, 2); }, {"q", "2 bytes"}},
+      {"misaligned k",
+       [](call& c) { c.s.kv.k.data = bytes_off(c.s.kv.k.data, 1); },
+       {"k", "1 bytes"}},
+      {"misaligned out",
+       [](call& c) { c.s.output.out.data = const_cast<float*>(bytes_off(c.s.output.out.data, 3)); },
+       {"out", "3 bytes"}},
+      {"strides past the address space",
+       [](call& c) { c.s.q.token_stride = huge / 4; },
+       {"q", std::to_string(huge / 4), "overflow"}},
+      {"head strides past the address space",
+       [](call& c) { c.s.kv.v.head_stride = huge - 1; },
+       {"v", std::to_string(huge - 1), "overflow"}},
+      {"bytes past the address space",
+       [](call& c) { c.s.kv.k.token_stride = huge / 9 / 2; },
+       {"k", std::to_string(huge / 9 / 2), "overflow"}},
+      {"more tokens than positions",
+       [](call& c) { c.s.kv.k.tokens = index_t{1} << 31; },
+       {"k", "2147483648"}},
+      {"rows of out overlap each other",
+       [](call& c) { c.s.output.out.token_stride = 6; },
+       {"out", "6"}},
+      {"rows of lse overlap each other",
+       [](call& c) { c.s.output.lse.head_stride = 0; },
+       {"lse", "0"}},
+      {"out over q",
+       [](call& c) { c.s.output.out.data = const_cast<float*>(c.s.q.data); },
+       {"out", "overlaps", "q"}},
+      {"out over the last float of q",
+       [](call& c) { c.s.output.out.data = const_cast<float*>(c.s.q.data) + 191; },
+       {"out", "overlaps", "q"}},
+      {"out over k",
+       [](call& c) { c.s.output.out.data = const_cast<float*>(c.s.kv.k.data) + 4; },
+       {"out", "overlaps", "k"}},
+      {"out over v",
+       [](call& c) { c.s.output.out.data = const_cast<float*>(c.s.kv.v.data) + 119; },
+       {"out", "overlaps", "v"}},
+      {"out over lse",
+       [](call& c) { c.s.output.lse.data = c.s.output.out.data + 143; },
+       {"out", "overlaps", "lse"}},
+      {"lse over v",
+       [](call& c) { c.s.output.lse.data = const_cast<float*>(c.s.kv.v.data); },
+       {"lse", "overlaps", "v"}},
+      {"out over another sequence's out",
+       [](call& c) { c.s.output.out = c.sequences[1].output.out; },
+       {"out", "overlaps", "another"}},
+      {"out over another sequence's lse",
+       [](call& c) { c.s.output.out.data = c.sequences[1].output.lse.data; },
+       {"out", "overlaps", "another"}},
+      {"out over another sequence's k",
+       [](call& c) { c.sequences[1].kv.k.data = c.s.output.out.data; },
+       {"out", "overlaps", "k"}},
+      {"the second sequence", [](call& c) { c.sequences[1].q.heads = 3; }, {"q heads", "3", "4"}},
+      {"scale nan", [](call& c) { c.options.scale = quiet_nan; }, {"scale", "nan"}},
+      {"scale inf", [](call& c) { c.options.scale = infinity; }, {"scale", "inf"}},
+      {"soft cap below 0", [](call& c) { c.options.soft_cap = -2; }, {"soft_cap", "-2"}},
+      {"soft cap nan", [](call& c) { c.options.soft_cap = quiet_nan; }, {"soft_cap", "nan"}},
+      {"soft cap inf", [](call& c) { c.options.soft_cap = infinity; }, {"soft_cap", "inf"}},
+      {"sink nan", [](call& c) { c.sinks[3] = quiet_nan; }, {"sink", "NaN"}},
+      {"too few sinks",
+       [](call& c) { c.options.sink_logits = std::span(c.sinks).first(3); },
+       {"3 sink", "4"}},
+      {"too many sinks",
+       [](call& c) {
+         c.sinks.resize(5);
+         c.options.sink_logits = c.sinks;
+       },
+       {"5 sink", "4"}},
+  };
+  return cases;
+}
+
+const std::vector<error_case>& unsupported_errors() {
+  static const std::vector<error_case> cases = {
+      {"head_dim above 1024",
+       [](call& c) {
+         c.s.q = nhd<const float>(c.s.q.data, 6, 4, 1025);
+         c.s.kv.k = nhd<const float>(c.s.kv.k.data, 10, 2, 1025);
+       },
+       {"1025", "1024"}},
+      {"v_dim above 1024",
+       [](call& c) {
+         c.s.kv.v = nhd<const float>(c.s.kv.v.data, 10, 2, 2000);
+         c.s.output.out = nhd(c.s.output.out.data, 6, 4, 2000);
+       },
+       {"2000", "1024"}},
+  };
+  return cases;
+}
+
+template <class Error>
+void expect_refusal(const error_case& e) {
+  SCOPED_TRACE(e.name);
+  call c;
+  e.spoil(c);
+  const std::vector<float> before = c.memory;
+  context ctx(1);
+  const std::string message = error_of<Error>([&] { attend(ctx, c.sequences, c.options); });
+  EXPECT_FALSE(message.empty()) << "no error of this type";
+  for (const std::string& part : e.parts) {
+    EXPECT_NE(message.find(part), std::string::npos) << "'" << message << "' lacks " << part;
+  }
+  EXPECT_TRUE(test_support::bit_equal(c.memory, before)) << "something was written";
+}
+
+TEST(errors, the_call_that_the_cases_spoil_is_valid) {
+  call c;
+  const std::vector<float> before = c.memory;
+  context ctx(1);
+  attend(ctx, c.sequences, c.options);
+  EXPECT_FALSE(test_support::bit_equal(c.memory, before));
+}
+
+TEST(errors, what_does_not_fit_is_a_shape_error_that_names_it) {
+  for (const error_case& e : shape_errors()) expect_refusal<shape_error>(e);
+}
+
+TEST(errors, what_is_too_large_is_unsupported) {
+  for (const error_case& e : unsupported_errors()) expect_refusal<unsupported>(e);
+}
+
+TEST(errors, workspace_bytes_refuses_what_attend_refuses) {
+  for (const error_case& e : shape_errors()) {
+    if (e.parts.size() > 1 && e.parts[1] == "overlaps") continue;  // not a matter of size
+    call c;
+    e.spoil(c);
+    context ctx(1);
+    EXPECT_THROW(workspace_bytes(ctx, c.sequences, c.options), shape_error) << e.name;
+  }
+}
+
+TEST(errors, a_plan_for_other_shapes_is_refused) {
+  context ctx(1);
+  call c;
+  const std::vector<float> before = c.memory;
+  for (const attention_shape& other :
+       {attention_shape{7, 10, 4, 2, 3}, attention_shape{6, 11, 4, 2, 5},
+        attention_shape{6, 10, 2, 2, 4}, attention_shape{6, 10, 4, 4, 4},
+        attention_shape{6, 10, 4, 1, 4}, attention_shape{}}) {
+    for (const attention_plan& plan :
+         {plan_prefill(ctx, other, dense{}), plan_decode(ctx, other, dense{})}) {
+      c.s.plan = &plan;
+      EXPECT_THROW(attend(ctx, c.sequences, c.options), shape_error);
+    }
+  }
+  EXPECT_TRUE(test_support::bit_equal(c.memory, before));
+}
+
+// Planning failed half-way: what is left is no plan of the old shape.
+TEST(errors, a_plan_that_failed_to_be_made_is_refused) {
+  context ctx(1);
+  call c;
+  const token_lists bad{1, {0, 1, 2, 3, 4, 5, 6}, {0, 1, 2, 3, 4, 99}};
+  EXPECT_THROW(plan_prefill_into(ctx, c.plan, c.plan.shape(), bad), shape_error);
+  EXPECT_THROW(attend(ctx, c.sequences, c.options), shape_error);
+}
+
+TEST(errors, heads_that_are_no_multiple_are_refused_with_both_numbers) {
+  context ctx(1);
+  const std::vector<float> x(4096);
+  const auto q = nhd(x.data(), 4, 5, 8);
+  const auto k = nhd(x.data(), 4, 2, 8);
+  for (const std::string& message :
+       {error_of([&] { shape_of(q, kv(k, k)); }),
+        error_of([&] { plan_prefill(ctx, {4, 4, 5, 2, 0}, dense{}); }),
+        error_of([&] { plan_decode(ctx, {4, 4, 5, 2, 0}, dense{}); })}) {
+    EXPECT_NE(message.find('5'), std::string::npos) << message;
+    EXPECT_NE(message.find('2'), std::string::npos) << message;
+  }
+  EXPECT_THROW(plan_prefill(ctx, {4, 4, 5, 0, 0}, dense{}), shape_error);
+}
+
+TEST(errors, tensors_of_another_rank_are_refused_with_the_rank) {
+  float x = 0;
+  const std::array<index_t, 4> extents = {1, 2, 3, 4};
+  const std::array<index_t, 4> strides = {24, 12, 4, 1};
+  for (const std::size_t rank : {0u, 1u, 2u, 4u}) {
+    const std::string message = error_of([&] {
+      view_of(&x, std::span(extents).first(rank), std::span(strides).first(rank));
+    });
+    EXPECT_NE(message.find(std::to_string(rank)), std::string::npos) << message;
+    EXPECT_NE(message.find('3'), std::string::npos) << message;
+  }
+}
+
+TEST(errors, a_borrowed_workspace_that_is_too_small_or_misaligned_is_refused) {
+  context ctx(1);
+  call c;
+  const std::vector<float> before = c.memory;
+  const std::size_t needed = workspace_bytes(ctx, c.sequences, c.options);
+  aligned_buffer buffer;
+  buffer.reserve(needed + cache_line);
+  ctx.use_workspace(buffer.bytes().first(needed - 1));
+  const std::string message = error_of([&] { attend(ctx, c.sequences, c.options); });
+  EXPECT_NE(message.find(std::to_string(needed)), std::string::npos) << message;
+  EXPECT_NE(message.find(std::to_string(needed - 1)), std::string::npos) << message;
+  for (const std::size_t off : {1u, 4u, 32u}) {
+    const std::string refusal =
+        error_of([&] { ctx.use_workspace(buffer.bytes().subspan(off, needed)); });
+    EXPECT_NE(refusal.find(std::to_string(off)), std::string::npos) << refusal;
+    EXPECT_NE(refusal.find("64"), std::string::npos) << refusal;
+  }
+  EXPECT_TRUE(test_support::bit_equal(c.memory, before));
+  ctx.use_workspace(buffer.bytes().first(needed));
+  attend(ctx, c.sequences, c.options);
+  ctx.use_workspace({});
+  attend(ctx, c.sequences, c.options);
+}
+
+TEST(errors, kernels_that_the_cpu_lacks_are_refused) {
+  kernel_table table = *kernel_tables().front();
+  table.name = "sse99";
+  table.cpu_supports = [] { return false; };
+  serial_executor serial;
+  EXPECT_NE(error_of<unsupported>([&] { const context ctx(1, table); }).find("sse99"),
+            std::string::npos);
+  EXPECT_NE(error_of<unsupported>([&] { const context ctx(serial, table); }).find("sse99"),
+            std::string::npos);
+}
+
+// Interleaved memory is no overlap.
+TEST(errors, outputs_between_the_rows_of_inputs_are_accepted) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  const attention_problem p(random, {.q_len = 9, .kv_len = 9, .q_heads = 2, .kv_heads = 1,
+                                     .head_dim = 8, .v_dim = 8});
+  // One row of memory per token: q [2][8] | out [2][8] | lse [2].
+  std::vector<float> fused(at(9 * 34), 0.0f);
+  const tensor_view<float> q{fused.data(), 9, 2, 8, 34, 8};
+  const tensor_view<float> out{fused.data() + 16, 9, 2, 8, 34, 8};
+  const tensor_view<float> lse{fused.data() + 32, 9, 2, 1, 34, 1};
+  for (index_t t = 0; t < 9; ++t) {
+    for (index_t h = 0; h < 2; ++h) std::copy_n(p.q.row(t, h), 8, q.row(t, h));
+  }
+  for (context& ctx : contexts) {
+    const attention_plan plan = plan_prefill(ctx, p.shape, dense{});
+    attend(ctx, plan, q, p.kv(), {out, lse});
+    const attention_result want = run(ctx, plan, p);
+    for (index_t t = 0; t < 9; ++t) {
+      for (index_t h = 0; h < 2; ++h) {
+        EXPECT_EQ(*lse.row(t, h), want.lse[at(t * 2 + h)]);
+        for (index_t i = 0; i < 8; ++i) {
+          EXPECT_EQ(out.row(t, h)[i], want.out[at((t * 2 + h) * 8 + i)]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <sattn/attention/merge.hpp>
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "support/patterns.hpp"
+#include "support/problem.hpp"
+
+namespace {
+
+using namespace sattn;         // NOLINT(google-build-using-namespace)
+using namespace test_support;  // NOLINT(google-build-using-namespace)
+
+// A result as merge() takes it.
+struct partial {
+  owned_tensor out;
+  owned_tensor lse;
+
+  partial(index_t rows, index_t heads, index_t dim)
+      : out(rows, heads, dim, memory_layout::nhd_padded),
+        lse(rows, heads, 1, memory_layout::hnd_padded) {}
+  attention_output view() { return {out.view(), lse.view()}; }
+};
+
+partial merged(partial a, partial b) {
+  partial into = a;
+  into.out.fill(quiet_nan);
+  into.lse.fill(quiet_nan);
+  merge(a.view(), b.view(), into.view());
+  EXPECT_TRUE(into.out.padding_is_untouched());
+  EXPECT_TRUE(into.lse.padding_is_untouched());
+  return into;
+}
+
+partial attend_part(context& ctx, const attention_plan& plan, const attention_problem& p) {
+  partial part(p.shape.q_len, p.shape.q_heads, p.v_dim);
+  attend(ctx, plan, p.q.view(), p.kv(), part.view(), p.options());
+  return part;
+}
+
+partial random_partial(random_source& random, index_t rows, double spread) {
+  partial part(rows, 2, 5);
+  part.out.fill_normal(random);
+  part.lse.fill_normal(random, spread);
+  return part;
+}
+
+// |a - b| within a few units of rounding of the largest value involved.
+void expect_close(const partial& a, const partial& b) {
+  const std::vector<float> out_a = a.out.packed();
+  const std::vector<float> out_b = b.out.packed();
+  const std::vector<float> lse_a = a.lse.packed();
+  const std::vector<float> lse_b = b.lse.packed();
+  constexpr double unit = 0x1p-24;
+  for (std::size_t i = 0; i < lse_a.size(); ++i) {
+    const double size = 1 + std::abs(double{lse_b[i]});
+    ASSERT_NEAR(lse_a[i], lse_b[i], 16 * unit * size);
+    // The weights are exponentials of differences of lse: their error grows with the lse.
+    for (std::size_t c = i * 5; c < i * 5 + 5; ++c) {
+      ASSERT_NEAR(out_a[c], out_b[c], 16 * unit * size * (1 + std::abs(double{out_b[c]})) * 4);
+    }
+  }
+}
+
+TEST(merge, of_two_parts_of_a_plan_is_the_whole) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (int round = 0; round < 20; ++round) {
+    const attention_problem p(random, {.q_len = 40, .kv_len = 70, .q_heads = 4, .kv_heads = 2,
+                                       .head_dim = 24, .v_dim = 5});
+    // Keys of the first part at random; the second has the rest.
+    token_lists first{64, {0, 0}, {}};
+    token_lists second{64, {0, 0}, {}};
+    for (token_t key = 0; key < 70; ++key) {
+      (random.integer(0, 2) == 0 ? first : second).tokens.push_back(key);
+    }
+    first.indptr[1] = std::ssize(first.tokens);
+    second.indptr[1] = std::ssize(second.tokens);
+    for (context& ctx : contexts) {
+      const attention_plan a = plan_prefill(ctx, p.shape, first);
+      const attention_plan b = plan_prefill(ctx, p.shape, second);
+      const partial whole = merged(attend_part(ctx, a, p), attend_part(ctx, b, p));
+      reference::result want =
+          expected(p, mask_of(plan_prefill(ctx, p.shape, dense{})));
+      // The lse of a part is rounded before it weighs the part: a relative error of 2^-24 |lse|.
+      const reference::result part_a = expected(p, mask_of(a));
+      const reference::result part_b = expected(p, mask_of(b));
+      for (std::size_t i = 0; i < want.out.size(); ++i) {
+        const std::size_t row = i / 5;
+        const double weights = part_a.lse_bound[row] + part_b.lse_bound[row] + 8 * 0x1p-24;
+        want.out_bound[i] += part_a.out_bound[i] + part_b.out_bound[i] +
+                             weights * (std::abs(part_a.out[i]) + std::abs(part_b.out[i]));
+      }
+      for (std::size_t i = 0; i < want.lse.size(); ++i) {
+        want.lse_bound[i] += part_a.lse_bound[i] + part_b.lse_bound[i];
+      }
+      EXPECT_TRUE(within_bound(whole.out.packed(), whole.lse.packed(), want));
+    }
+  }
+}
+
+TEST(merge, is_commutative_and_associative_to_rounding) {
+  const seed_trace trace;
+  random_source random;
+  for (const double spread : {0.1, 3.0, 100.0}) {
+    const partial a = random_partial(random, 30, spread);
+    const partial b = random_partial(random, 30, spread);
+    const partial c = random_partial(random, 30, spread);
+    expect_close(merged(a, b), merged(b, a));
+    expect_close(merged(merged(a, b), c), merged(a, merged(b, c)));
+  }
+}
+
+TEST(merge, an_empty_side_is_neutral_whatever_it_holds) {
+  const seed_trace trace;
+  random_source random;
+  const partial full = random_partial(random, 10, 5);
+  partial empty(10, 2, 5);
+  empty.lse.fill(-infinity);
+  for (const float rubbish : {0.0f, quiet_nan, infinity}) {
+    empty.out.fill(rubbish);
+    for (const partial& result : {merged(full, empty), merged(empty, full)}) {
+      EXPECT_TRUE(test_support::bit_equal(result.out.packed(), full.out.packed()));
+      EXPECT_TRUE(test_support::bit_equal(result.lse.packed(), full.lse.packed()));
+    }
+    const partial nothing = merged(empty, empty);
+    for (const float x : nothing.out.packed()) EXPECT_EQ(x, 0.0f);
+    for (const float x : nothing.lse.packed()) EXPECT_EQ(x, -infinity);
+  }
+}
+
+TEST(merge, parts_that_differ_by_ten_thousand_neither_overflow_nor_mix) {
+  const seed_trace trace;
+  random_source random;
+  partial low = random_partial(random, 4, 1);
+  partial high = random_partial(random, 4, 1);
+  for (const float level : {-1e4f, 0.0f, 1e4f, -3e38f}) {
+    low.lse.fill(level);
+    high.lse.fill(level + (level < -1e38f ? 1e38f : 1e4f));
+    for (const partial& result : {merged(low, high), merged(high, low)}) {
+      EXPECT_TRUE(test_support::bit_equal(result.out.packed(), high.out.packed()));
+      EXPECT_TRUE(test_support::bit_equal(result.lse.packed(), high.lse.packed()));
+    }
+  }
+}
+
+TEST(merge, an_lse_of_zero_is_a_sum_of_one) {
+  const seed_trace trace;
+  random_source random;
+  partial a = random_partial(random, 3, 1);
+  partial b = random_partial(random, 3, 1);
+  a.lse.fill(0);
+  b.lse.fill(0);
+  const partial both = merged(a, b);
+  for (const float x : both.lse.packed()) EXPECT_FLOAT_EQ(x, std::log(2.0f));
+  const std::vector<float> x = both.out.packed();
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    EXPECT_EQ(x[i], 0.5f * a.out.packed()[i] + 0.5f * b.out.packed()[i]);
+  }
+}
+
+TEST(merge, a_nan_stays_in_its_row_and_head) {
+  const seed_trace trace;
+  random_source random;
+  partial a = random_partial(random, 3, 1);
+  const partial b = random_partial(random, 3, 1);
+  const partial clean = merged(a, b);
+  *a.lse.row(1, 1) = quiet_nan;
+  for (const partial& result : {merged(a, b), merged(b, a)}) {
+    for (index_t row = 0; row < 3; ++row) {
+      for (index_t head = 0; head < 2; ++head) {
+        const bool poisoned = row == 1 && head == 1;
+        EXPECT_EQ(std::isnan(*result.lse.row(row, head)), poisoned);
+        for (index_t i = 0; i < 5; ++i) {
+          EXPECT_EQ(std::isnan(result.out.row(row, head)[i]), poisoned);
+        }
+      }
+    }
+  }
+  EXPECT_FALSE(std::isnan(*clean.lse.row(1, 1)));
+}
+
+TEST(merge, may_write_over_either_side) {
+  const seed_trace trace;
+  random_source random;
+  partial a = random_partial(random, 6, 2);
+  partial b = random_partial(random, 6, 2);
+  const partial want = merged(a, b);
+  partial into_a = a;
+  merge(into_a.view(), b.view(), into_a.view());
+  EXPECT_TRUE(test_support::bit_equal(into_a.out.packed(), want.out.packed()));
+  EXPECT_TRUE(test_support::bit_equal(into_a.lse.packed(), want.lse.packed()));
+  partial into_b = b;
+  merge(a.view(), into_b.view(), into_b.view());
+  EXPECT_TRUE(test_support::bit_equal(into_b.out.packed(), want.out.packed()));
+  EXPECT_TRUE(test_support::bit_equal(into_b.lse.packed(), want.lse.packed()));
+}
+
+// With recall r = exp(lse of the selected - lse of all), the error of leaving keys out is
+// (1 - r) (selected - left out), and the weights move by 2 (1 - r).
+TEST(merge, recall_explains_the_error_of_leaving_keys_out) {
+  const seed_trace trace;
+  random_source random;
+  context ctx(1);
+  const attention_problem p(random, {.q_len = 20, .kv_len = 60, .q_heads = 2, .kv_heads = 1,
+                                     .q_offset = 59});
+  const attention_plan some = plan_prefill(ctx, p.shape, sink{25});
+  const attention_plan rest =
+      plan_prefill(ctx, p.shape, token_lists{64, {0, 35}, [] {
+                     std::vector<token_t> keys;
+                     for (token_t key = 25; key < 60; ++key) keys.push_back(key);
+                     return keys;
+                   }()});
+  const attention_result all = run(ctx, plan_prefill(ctx, p.shape, dense{}), p);
+  const attention_result selected = run(ctx, some, p);
+  const attention_result left_out = run(ctx, rest, p);
+  for (std::size_t pair = 0; pair < all.lse.size(); ++pair) {
+    const double recall = std::exp(double{selected.lse[pair]} - all.lse[pair]);
+    ASSERT_GT(recall, 0);
+    ASSERT_LT(recall, 1);
+    for (std::size_t i = pair * 16; i < pair * 16 + 16; ++i) {
+      EXPECT_NEAR(double{selected.out[i]} - all.out[i],
+                  (1 - recall) * (double{selected.out[i]} - left_out.out[i]), 1e-5);
+    }
+  }
+}
+
+TEST(merge, refuses_what_does_not_fit_and_writes_nothing) {
+  random_source random;
+  partial a = random_partial(random, 3, 1);
+  partial b = random_partial(random, 3, 1);
+  partial into(3, 2, 5);
+  partial taller(4, 2, 5);
+  partial wider(3, 2, 6);
+  attention_output without_lse = b.view();
+  without_lse.lse = {};
+  EXPECT_THROW(merge(a.view(), taller.view(), into.view()), shape_error);
+  EXPECT_THROW(merge(wider.view(), b.view(), into.view()), shape_error);
+  EXPECT_THROW(merge(a.view(), without_lse, into.view()), shape_error);
+  for (const float x : into.out.packed()) EXPECT_TRUE(std::isnan(x));
+}
+
+}  // namespace
