@@ -34,6 +34,17 @@ TEST(budget, ratio_is_rounded_up) {
   }
 }
 
+// 0.07 * 100 is more than 7 in double.
+TEST(budget, ratio_of_decimal_shares_does_not_round_up_twice) {
+  for (index_t percent = 0; percent <= 100; ++percent) {
+    for (index_t hundreds = 0; hundreds < 50; ++hundreds) {
+      EXPECT_EQ(budget::ratio(static_cast<double>(percent) / 100).count(100 * hundreds),
+                percent * hundreds)
+          << percent << " % of " << 100 * hundreds;
+    }
+  }
+}
+
 TEST(budget, ratio_keeps_one_of_many_however_small_and_none_only_for_zero) {
   EXPECT_EQ(budget::ratio(1e-12).count(1000), 1);
   EXPECT_EQ(budget::ratio(std::numeric_limits<double>::denorm_min()).count(1), 1);
