@@ -40,9 +40,8 @@ int main() {
   const auto plan = sa::plan_prefill(
       ctx, shape, sa::select_blocks(shape, scores, {sa::budget::fixed(4), {.recent = 1}}));
 
-  const sa::attention_sequence sequence{&plan, first.q(), first.kv(), first.out()};
   sa::aligned_buffer memory;  // or any memory that starts at a multiple of 64
-  memory.reserve(sa::workspace_bytes(ctx, {&sequence, 1}));
+  memory.reserve(sa::workspace_bytes(ctx, plan, first.q(), first.kv(), first.out()));
   ctx.use_workspace(memory.bytes());
   for (layer& l : layers) sa::attend(ctx, plan, l.q(), l.kv(), {l.out()});
   std::printf("%zu layers: %.1f %% of the keys, plan of %zu bytes, workspace of %zu\n",

@@ -36,7 +36,7 @@ void randomise_options(random_source& random, attention_problem& p) {
 class patterns : public ::testing::TestWithParam<int> {};
 
 TEST_P(patterns, match_the_reference_on_random_shapes_domains_and_options) {
-  constexpr int rounds = 20;
+  constexpr int rounds = 100;
   const seed_trace trace;
   random_source random(test_seed() + static_cast<std::uint64_t>(GetParam()));
   all_contexts contexts;

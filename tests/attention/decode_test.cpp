@@ -25,7 +25,7 @@ constexpr token_t no_split = std::numeric_limits<token_t>::max();
 class decode_patterns : public ::testing::TestWithParam<int> {};
 
 TEST_P(decode_patterns, match_the_reference_on_random_shapes_splits_and_options) {
-  constexpr int rounds = 20;
+  constexpr int rounds = 60;
   const seed_trace trace;
   random_source random(test_seed() + static_cast<std::uint64_t>(GetParam()));
   all_contexts contexts;

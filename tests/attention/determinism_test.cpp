@@ -201,7 +201,7 @@ std::vector<std::pair<std::string, any_pattern>> everything(const attention_shap
                             block_mask{q_block, k_block, std::span(ones).first(blocks)});
     }
   }
-  for (const token_t rows : {1, 3, 16, 300}) {
+  for (const token_t rows : {1, 16, 300}) {
     const index_t lists = ceil_div(shape.q_len, rows);
     std::vector<token_t> tokens;
     for (index_t i = 0; i < shape.q_heads * lists; ++i) {

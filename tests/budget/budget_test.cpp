@@ -78,10 +78,18 @@ TEST(budget, a_bound_leaves_the_budget_it_is_asked_of_alone) {
 TEST(budget, coverage_keeps_its_mass_and_its_bounds) {
   const budget b = budget::coverage(0.75).at_least(2).at_most(6);
   EXPECT_EQ(b.by(), budget::kind::coverage);
-  EXPECT_EQ(b.amount(), 0.75);
+  EXPECT_EQ(b.share(), 0.75);
   EXPECT_EQ(b.clamp(1), 2);
   EXPECT_EQ(b.clamp(4), 4);
   EXPECT_EQ(b.clamp(7), 6);
+}
+
+TEST(budget, the_largest_amounts_are_all_units) {
+  constexpr index_t most = std::numeric_limits<index_t>::max();
+  constexpr index_t tokens = std::numeric_limits<sattn::token_t>::max();
+  EXPECT_EQ(budget::fixed(most).count(10), 10);
+  EXPECT_EQ(budget::ratio(1).count(tokens), tokens);
+  EXPECT_EQ(budget::ratio(0).at_least(most).count(tokens), tokens);
 }
 
 TEST(budget, amounts_out_of_range_are_refused) {

@@ -83,7 +83,7 @@ positions chosen_by_sorting(std::span<const float> scores, const selection& rule
     double all = have;
     for (const token_t i : others) all += double{score(i)};
     for (const token_t i : others) {
-      if (have >= rule.amount.amount() * all && rule.amount.amount() < 1) break;
+      if (have >= rule.amount.share() * all && rule.amount.share() < 1) break;
       have += double{score(i)};
       ++wanted;
     }
@@ -121,7 +121,7 @@ budget random_bounds(random_source& random, budget b) {
 
 std::string describe(std::span<const float> scores, const selection& rule, key_range diagonal) {
   std::ostringstream text;
-  text << "kind " << static_cast<int>(rule.amount.by()) << ", amount " << rule.amount.amount()
+  text << "kind " << static_cast<int>(rule.amount.by()) << ", amount " << rule.amount.share()
        << ", first " << rule.keep.first << ", recent " << rule.keep.recent << ", diagonal "
        << rule.keep.diagonal << " [" << diagonal.begin << ", " << diagonal.end << ")"
        << (rule.keep.counted == protection::counting::inside ? ", inside" : ", on top")
@@ -213,6 +213,11 @@ TEST(selector, nan_is_the_lowest_legal_score) {
   EXPECT_EQ(choose(scores, {budget::fixed(1)}), positions{1});
   EXPECT_EQ(choose(scores, {budget::fixed(2)}), (positions{0, 1}));
   EXPECT_EQ(choose(scores, {budget::fixed(9)}), (positions{0, 1, 3}));
+}
+
+TEST(selector, nan_has_no_mass) {
+  EXPECT_EQ(choose({1.0f, nan, 5.0f, 4.0f}, {budget::coverage(0.5)}), positions{2});
+  EXPECT_EQ(choose({1.0f, nan, 5.0f, 4.0f}, {budget::coverage(0.8)}), (positions{2, 3}));
 }
 
 TEST(selector, infinity_is_the_highest_score_and_minus_infinity_is_not_legal) {

@@ -356,6 +356,10 @@ TEST(select_blocks, refuses_scores_that_do_not_fit) {
   EXPECT_EQ(error_of([&] { select_blocks(shape, score_tensor(1, 3, 3, 0), rule); }),
             "select_blocks: scores are [3, 3], blocks are [2, 3]");
   EXPECT_NE(error_of([&] { select_blocks(shape, score_tensor(1, 2, 2, 0), rule); }), "");
+  score_tensor short_of_values(1, 2, 3, 0);
+  short_of_values.sets = 2;
+  EXPECT_EQ(error_of([&] { select_blocks(shape, short_of_values, rule); }),
+            "select_blocks: scores hold 6 values for [2, 2, 3]");
   EXPECT_NE(error_of([&] { select_blocks(shape, score_tensor(1, 2, 3, 0), rule, 0, 64); }), "");
   EXPECT_NE(
       error_of([&] { select_blocks(shape, score_tensor(1, 2, 3, -1), {budget::coverage(0.5)}); }),

@@ -206,6 +206,24 @@ TEST(row_scores, refuse_what_does_not_fit) {
 
 // ---- select_tokens
 
+/// For calls that must throw before they start a task.
+struct no_tasks_executor {
+  index_t concurrency() const { return 1; }
+  void parallel_for(index_t, auto&&) { ADD_FAILURE() << "a task was started"; }
+};
+
+TEST(select_tokens, refuses_a_rule_before_any_task_starts) {
+  no_tasks_executor executor;
+  sattn::context ctx(executor);
+  test_support::random_source random(1);
+  const attention_problem p(random, {.q_len = 4, .kv_len = 6, .q_heads = 2, .kv_heads = 1});
+  EXPECT_NE(error_of([&] {
+              sattn::select_tokens(ctx, p.shape, p.q.view(), p.k.view(),
+                                   {budget::fixed(1), {.first = -1}});
+            }),
+            "");
+}
+
 /// Sums of the probabilities of the rows that share a list; legal where any of them is.
 bounded_scores sums_of_rows(const bounded_scores& rows, index_t rows_per_list) {
   bounded_scores sums(rows.sets, (rows.rows + rows_per_list - 1) / rows_per_list, rows.cols);

@@ -75,6 +75,15 @@ inline std::size_t workspace_bytes(const context& ctx,
   return detail::workspace_layout(sequences, ctx.executor().concurrency()).total();
 }
 
+/// The same for one sequence.
+inline std::size_t workspace_bytes(const context& ctx, const attention_plan& plan,
+                                   const tensor_view<const float>& q, const kv_view<float>& kv,
+                                   const attention_output& output,
+                                   const attention_options& options = {}) {
+  const attention_sequence sequence{&plan, q, kv, output};
+  return workspace_bytes(ctx, std::span(&sequence, 1), options);
+}
+
 /// Attention of every query row to the keys that its plan names, for several sequences at once.
 ///
 /// Shapes, per sequence: q [q_len, q_heads, head_dim]; k [kv_len, kv_heads, head_dim];
@@ -126,7 +135,7 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
         {scratch + static_cast<std::size_t>(worker) * layout.scratch_bytes, layout.scratch_bytes});
     if (s.plan->layout().single_rows) {
       detail::run_rows(s, detail::row_work(s), logits, kernels, task - starts[i].task,
-               reinterpret_cast<float*>(shared + starts[i].shared_byte), arena);
+                       reinterpret_cast<float*>(shared + starts[i].shared_byte), arena);
     } else {
       detail::run_tile(s, detail::tile_work(s), logits, kernels, task - starts[i].task, arena);
     }
@@ -136,8 +145,8 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
     const std::size_t i = sequence_of(task, &detail::sequence_start::merge_task);
     const attention_sequence& s = sequences[i];
     detail::merge_rows(s, detail::row_work(s), detail::logit_options(options, s.q.dim), kernels,
-               task - starts[i].merge_task,
-               reinterpret_cast<const float*>(shared + starts[i].shared_byte));
+                       task - starts[i].merge_task,
+                       reinterpret_cast<const float*>(shared + starts[i].shared_byte));
   });
 }
 

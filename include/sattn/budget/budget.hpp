@@ -20,18 +20,18 @@ class budget {
   /// A count. Throws: shape_error if negative.
   static budget fixed(index_t count) {
     require(count >= 0, "budget: fixed ", count, " is negative");
-    return {kind::fixed, static_cast<double>(count)};
+    return {kind::fixed, count, 0.0};
   }
   /// A share of the legal units, rounded up. Throws: shape_error unless within [0, 1].
   static budget ratio(double share) {
     require(share >= 0.0 && share <= 1.0, "budget: ratio ", share, " is outside [0, 1]");
-    return {kind::ratio, share};
+    return {kind::ratio, 0, share};
   }
   /// The fewest units whose scores reach a share of the sum of all scores (top-p). Scores must not
   /// be negative. Throws: shape_error unless within (0, 1].
   static budget coverage(double mass) {
     require(mass > 0.0 && mass <= 1.0, "budget: coverage ", mass, " is outside (0, 1]");
-    return {kind::coverage, mass};
+    return {kind::coverage, 0, mass};
   }
 
   /// Bounds of the count, whatever the kind. Throws: shape_error if negative or crossed.
@@ -47,26 +47,29 @@ class budget {
   }
 
   kind by() const { return kind_; }
-  double amount() const { return amount_; }
+  /// The share of a ratio or coverage budget.
+  double share() const { return share_; }
   index_t clamp(index_t count) const { return std::clamp(count, min_, max_); }
 
   /// The count for so many legal units; for fixed and ratio budgets.
   index_t count(index_t legal) const {
-    // A hair less than the product, so that 0.07 of 100 is 7 although the double is 7.000000000000001.
-    const double share = amount_ * static_cast<double>(legal);
-    const double wanted = kind_ == kind::ratio ? std::ceil(share - 1e-9 * share) : amount_;
+    if (kind_ == kind::fixed) return std::min(clamp(count_), legal);
+    // A hair less than the product, so that 0.07 of 100 is 7 although the double is a hair more.
+    constexpr double hair = 4 * std::numeric_limits<double>::epsilon();
+    const double wanted = std::ceil(share_ * static_cast<double>(legal) * (1.0 - hair));
     return std::min(clamp(static_cast<index_t>(wanted)), legal);
   }
 
  private:
-  budget(kind by, double amount) : kind_(by), amount_(amount) {}
+  budget(kind by, index_t count, double share) : kind_(by), count_(count), share_(share) {}
   const budget& checked() const {
     require(min_ >= 0 && min_ <= max_, "budget: at least ", min_, " and at most ", max_);
     return *this;
   }
 
   kind kind_;
-  double amount_;
+  index_t count_;
+  double share_;
   index_t min_ = 0;
   index_t max_ = std::numeric_limits<index_t>::max();
 };
@@ -87,5 +90,11 @@ struct selection {
   budget amount;
   protection keep = {};
 };
+
+/// Throws shape_error if protected counts are negative.
+inline void check_selection(const selection& rule) {
+  require(rule.keep.first >= 0 && rule.keep.recent >= 0, "selection: protected first ",
+          rule.keep.first, " and recent ", rule.keep.recent, " must not be negative");
+}
 
 }  // namespace sattn

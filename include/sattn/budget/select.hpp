@@ -18,7 +18,7 @@ namespace sattn {
 class selector {
  public:
   /// Writes the chosen positions into `chosen`, ascending. Scores of -inf mark units that are not
-  /// legal; NaN counts as the lowest legal score. `diagonal` is the range of units that hold the
+  /// legal; NaN counts as the lowest legal score and has no mass. `diagonal` is the range of units that hold the
   /// rows' own positions.
   /// Throws: shape_error if protected counts are negative, or if a coverage budget meets a negative
   /// score.
@@ -38,6 +38,9 @@ class selector {
     return static_cast<token_t>(std::numeric_limits<std::uint32_t>::max() -
                                 static_cast<std::uint32_t>(rank));
   }
+  static double mass_of(float score) {
+    return score != score ? 0.0 : static_cast<double>(score);
+  }
   index_t covering(std::span<const float> scores, double target);
 
   std::vector<std::uint64_t> candidates_;
@@ -45,9 +48,8 @@ class selector {
 
 inline void selector::choose(std::span<const float> scores, const selection& rule,
                              key_range diagonal, std::vector<token_t>& chosen) {
+  check_selection(rule);
   const protection& keep = rule.keep;
-  require(keep.first >= 0 && keep.recent >= 0, "selection: protected first ", keep.first,
-          " and recent ", keep.recent, " must not be negative");
   constexpr float illegal = -std::numeric_limits<float>::infinity();
   const auto n = static_cast<token_t>(scores.size());
   index_t legal = 0;
@@ -69,7 +71,7 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
     require(!by_mass || !(score < 0.0f), "selection: coverage needs scores >= 0, unit ", i,
             " has ", score);
     const bool kept = is_kept(nth++, i);
-    (kept ? protected_mass : free_mass) += static_cast<double>(score);
+    (kept ? protected_mass : free_mass) += mass_of(score);
     if (!kept) candidates_.push_back(rank(score, i));
   }
   const bool inside = keep.counted == protection::counting::inside;
@@ -78,8 +80,8 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   index_t wanted = 0;
   if (by_mass) {
     const double all = inside ? protected_mass + free_mass : free_mass;
-    const double target = rule.amount.amount() * all - (inside ? protected_mass : 0.0);
-    wanted = rule.amount.amount() == 1.0 ? free : covering(scores, target);
+    const double target = rule.amount.share() * all - (inside ? protected_mass : 0.0);
+    wanted = rule.amount.share() == 1.0 ? free : covering(scores, target);
     wanted = inside ? rule.amount.clamp(wanted + kept) - kept : rule.amount.clamp(wanted);
   } else {
     wanted = inside ? rule.amount.count(legal) - kept : rule.amount.count(legal);
@@ -108,8 +110,8 @@ inline index_t selector::covering(std::span<const float> scores, double target) 
   double mass = 0.0;
   index_t count = 0;
   while (count < std::ssize(candidates_) && mass < target) {
-    mass += static_cast<double>(
-        scores[static_cast<std::size_t>(position_of(candidates_[static_cast<std::size_t>(count)]))]);
+    const token_t position = position_of(candidates_[static_cast<std::size_t>(count)]);
+    mass += mass_of(scores[static_cast<std::size_t>(position)]);
     ++count;
   }
   return count;

@@ -63,6 +63,13 @@ inline last_query_sums last_query_scores(context& ctx, const attention_shape& sh
 /// Throws: shape_error as selector::choose does.
 inline per_head select_vertical_slash(const last_query_sums& sums, const selection& columns,
                                       const selection& distances) {
+  detail::check_scores("select_vertical_slash", sums.columns);
+  detail::check_scores("select_vertical_slash", sums.distances);
+  require(sums.columns.sets == sums.distances.sets && sums.columns.rows == 1 &&
+              sums.distances.rows == 1,
+          "select_vertical_slash: columns have ", sums.columns.sets, " sets of ",
+          sums.columns.rows, " rows, distances ", sums.distances.sets, " of ",
+          sums.distances.rows, ", expected one row each");
   per_head heads;
   selector choose;
   for (index_t set = 0; set < sums.columns.sets; ++set) {

@@ -113,6 +113,7 @@ inline block_lists select_blocks(const attention_shape& shape, const score_tenso
               scores.cols == ceil_div(shape.kv_len, k_block),
           "select_blocks: scores are [", scores.rows, ", ", scores.cols, "], blocks are [",
           ceil_div(shape.q_len, q_block), ", ", ceil_div(shape.kv_len, k_block), "]");
+  detail::check_scores("select_blocks", scores);
   block_lists lists;
   lists.q_block = q_block;
   lists.k_block = k_block;

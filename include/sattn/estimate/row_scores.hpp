@@ -112,6 +112,7 @@ inline token_lists select_tokens(context& ctx, const attention_shape& shape,
                                  const tensor_view<const float>& k, const selection& rule,
                                  const logit_rules& rules = {}, token_t rows_per_list = 1) {
   detail::check_estimate("select_tokens", shape, q, k, rules);
+  check_selection(rule);
   require(rows_per_list >= 1 && rows_per_list <= max_tile_rows, "select_tokens: rows_per_list ",
           rows_per_list, ", expected 1 to ", max_tile_rows);
   token_lists lists;

@@ -49,6 +49,13 @@ struct logit_rules {
 
 namespace detail {
 
+inline void check_scores(const char* name, const score_tensor& scores) {
+  require(scores.sets >= 0 && scores.rows >= 0 && scores.cols >= 0 &&
+              std::ssize(scores.values) == scores.sets * scores.rows * scores.cols,
+          name, ": scores hold ", scores.values.size(), " values for [", scores.sets, ", ",
+          scores.rows, ", ", scores.cols, "]");
+}
+
 inline constexpr float not_legal = -std::numeric_limits<float>::infinity();
 
 inline void check_estimate(const char* name, const attention_shape& shape,

@@ -12,6 +12,8 @@ namespace sattn {
 /// * parallel_for(n, f) calls f(task, worker) once for each task in [0, n) and returns when all are
 ///   done; worker < concurrency(), and no two calls at the same time share a worker;
 /// * it starts lower tasks first, more or less (the library puts long tasks first).
+/// It may pass an exception of f on to the caller, as thread_pool does, or end the program: tasks of
+/// the library throw nothing but std::bad_alloc, and only in estimators.
 /// Results never depend on the order or on the number of workers.
 template <class E>
 concept parallel_executor = requires(E& executor, index_t n, void (*f)(index_t, index_t)) {
