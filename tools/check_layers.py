@@ -21,7 +21,7 @@ LAYERS = {
     "kv": ["core"],
     "plan": ["core"],
     "budget": ["core"],
-    "pattern": ["core", "plan", "budget"],
+    "pattern": ["core", "plan"],
     "kernel": ["core", "simd"],
     "exec": ["core", "parallel", "plan", *KERNEL_INTERFACE],
     "estimate": ["core", "kv", "plan", "budget", "pattern", "exec", *KERNEL_INTERFACE],

@@ -348,4 +348,30 @@ TEST(errors, outputs_between_the_rows_of_inputs_are_accepted) {
   }
 }
 
+struct idle_executor {
+  index_t workers = 0;
+  index_t concurrency() const { return workers; }
+  void parallel_for(index_t, auto&&) { throw std::runtime_error("no threads today"); }
+};
+
+TEST(errors, an_executor_without_workers_is_refused) {
+  idle_executor none;
+  EXPECT_THROW(sattn::context{none}, shape_error);
+}
+
+TEST(errors, a_plan_whose_making_was_cut_short_is_empty) {
+  sattn::serial_executor serial;
+  sattn::context ctx(serial);
+  const sattn::attention_shape shape{
+      .q_len = 20, .kv_len = 20, .q_heads = 1, .kv_heads = 1, .q_offset = 0};
+  attention_plan plan = sattn::plan_prefill(ctx, shape, sattn::dense{});
+  idle_executor failing{1};
+  sattn::context broken(failing);
+  EXPECT_THROW(sattn::plan_prefill_into(broken, plan, shape, sattn::sink{2}), std::runtime_error);
+  EXPECT_EQ(plan.shape(), sattn::attention_shape{});
+  plan = sattn::plan_decode(ctx, shape, sattn::dense{});
+  EXPECT_THROW(sattn::plan_decode_into(broken, plan, shape, sattn::sink{2}), std::runtime_error);
+  EXPECT_EQ(plan.shape(), sattn::attention_shape{});
+}
+
 }  // namespace

@@ -246,4 +246,44 @@ TEST(merge, refuses_what_does_not_fit_and_writes_nothing) {
   for (const float x : into.out.packed()) EXPECT_TRUE(std::isnan(x));
 }
 
+TEST(merge, a_sink_takes_its_share_and_leaves_the_lse) {
+  random_source random;
+  partial a = random_partial(random, 4, 2);
+  partial b = random_partial(random, 4, 2);
+  const partial plain = merged(a, b);
+  const std::vector<float> sinks = {0.5f, -infinity};
+  partial into(4, 2, 5);
+  merge(a.view(), b.view(), into.view(), sinks);
+  EXPECT_TRUE(bit_equal(into.lse.packed(), plain.lse.packed()));
+  const std::vector<float> out = into.out.packed();
+  const std::vector<float> without = plain.out.packed();
+  const std::vector<float> lse = plain.lse.packed();
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const std::size_t row = i / 5;  // [token, head]
+    const double keep = 1 / (1 + std::exp(double{sinks[row % 2]} - double{lse[row]}));
+    EXPECT_NEAR(out[i], keep * double{without[i]}, 16 * 0x1p-24 * std::abs(double{without[i]}));
+  }
+  const std::vector<float> all = {infinity, infinity};
+  merge(a.view(), b.view(), into.view(), all);
+  for (const float x : into.out.packed()) EXPECT_EQ(x, 0.0f);
+}
+
+TEST(merge, refuses_memory_that_overlaps_in_part) {
+  random_source random;
+  partial a = random_partial(random, 3, 1);
+  partial b = random_partial(random, 3, 1);
+  partial into(3, 2, 5);
+  std::vector<float> memory(64, 1.0f);
+  const auto out = sattn::nhd(memory.data(), 3, 2, 5);
+  const auto shifted = sattn::nhd(memory.data() + 1, 3, 2, 5);
+  const auto lse = sattn::nhd(memory.data() + 40, 3, 2, 1);
+  const attention_output part{out, lse};
+  EXPECT_NO_THROW(merge(part, b.view(), part));
+  EXPECT_THROW(merge(part, b.view(), {shifted, into.view().lse}), shape_error);
+  EXPECT_THROW(merge(a.view(), b.view(), {out, sattn::nhd(memory.data() + 3, 3, 2, 1)}),
+               shape_error);
+  EXPECT_THROW(merge(a.view(), part, {sattn::nhd(memory.data() + 31, 3, 2, 5), into.view().lse}),
+               shape_error);
+}
+
 }  // namespace

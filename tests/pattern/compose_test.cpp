@@ -117,7 +117,7 @@ TEST(any_of, has_the_sets_and_the_tiles_of_both) {
   EXPECT_EQ((z.lists | z.shared_blocks).heads(), 2);
   EXPECT_EQ((z.shared_blocks | z.lists | z.blocks).heads(), 4);
   EXPECT_EQ((sink{} | sliding_window{}).heads(), 1);
-  EXPECT_EQ((z.blocks | z.lists).grid(), (tile_grid{24, 12}));
+  EXPECT_EQ((z.blocks | z.lists).grid(), (tile_grid{12, 12}));
   EXPECT_EQ((z.blocks | z.slashes).grid(), (tile_grid{16, 24}));
 }
 

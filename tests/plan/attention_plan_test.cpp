@@ -273,6 +273,29 @@ TEST(attention_plan, maps_query_heads_to_lists) {
   EXPECT_EQ(lists(head_map::per_q_head), (std::vector<index_t>{4, 1, 0, 1, 2, 3}));
 }
 
+TEST(attention_plan, refuses_splits_of_tiles_taller_than_a_mask) {
+  plan_data d;
+  d.shape = {.q_len = 17, .kv_len = 17, .q_heads = 1, .kv_heads = 1, .q_offset = 0};
+  d.grid = {.rows = 17, .period = 0};
+  d.heads.resize(1);
+  d.heads[0].columns = {{0, 17}};
+  d.heads[0].split_ptr = {0, 1};
+  d.heads[0].splits = {0};
+  EXPECT_THROW(attention_plan{d}, sattn::shape_error);
+  d.grid.rows = 16;
+  d.heads[0].split_ptr = {0, 1, 2};
+  d.heads[0].splits = {0, 0};
+  EXPECT_NO_THROW(attention_plan{d});
+}
+
+TEST(attention_plan, leaves_out_heads_that_no_query_head_uses) {
+  plan_data d;
+  d.shape = {.q_len = 4, .kv_len = 4, .q_heads = 1, .kv_heads = 1, .q_offset = 0};
+  d.heads.resize(2);
+  d.heads[1].distances = {{-100000, 1}};
+  EXPECT_EQ(attention_plan(d).data().heads.size(), 1u);
+}
+
 TEST(attention_plan, splits_cover_the_keys_of_every_tile) {
   const attention_plan plan(good_data());
   EXPECT_TRUE(plan.has_splits());

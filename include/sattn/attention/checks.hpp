@@ -74,12 +74,15 @@ inline void check_sequence(const attention_sequence& s, const attention_options&
           s.kv.v.dim, " must be positive");
   require<unsupported>(s.q.dim <= max_head_dim && s.kv.v.dim <= max_head_dim, "attend: head_dim ",
                        s.q.dim, " and v_dim ", s.kv.v.dim, ", at most ", max_head_dim);
-  if (s.output.lse.data != nullptr) {
+  if (s.output.lse.data != nullptr || !s.output.lse.empty()) {
     check_writable("lse", s.output.lse);
     check_same("lse tokens", s.output.lse.tokens, "q tokens", s.q.tokens);
     check_same("lse heads", s.output.lse.heads, "q heads", s.q.heads);
     check_same("lse dim", s.output.lse.dim, "one value a row", 1);
   }
+  const float scale = options.scale.value_or(1.0f / std::sqrt(static_cast<float>(s.q.dim)));
+  require(options.soft_cap == 0.0f || std::isfinite(scale / options.soft_cap), "attend: scale ",
+          scale, " / soft_cap ", options.soft_cap, " is not finite");
   require(options.sink_logits.empty() || std::ssize(options.sink_logits) == s.q.heads,
           "attend: ", options.sink_logits.size(), " sink logits for ", s.q.heads, " q heads");
 }

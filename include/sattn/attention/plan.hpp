@@ -18,12 +18,14 @@ struct plan_options {
   sattn::rounding rounding = sattn::rounding::exact;
 };
 
+/// Decoding always rounds exactly: its tiles are the rows of one step.
 struct decode_options {
   domain legal = {};
   token_t split_keys = 4096;    // keys that one task takes; results depend on it, not on threads
 };
 
-/// The shape of attention over these tensors. By default the last query stands at the last key.
+/// The shape of attention over q [q_len, q_heads, head_dim] and k, v [kv_len, kv_heads, dim]; set
+/// q_offset of the result where the default does not fit. By default the last query stands at the last key.
 /// Throws: shape_error if q_heads is not a multiple of the kv heads.
 inline attention_shape shape_of(const tensor_view<const float>& q, const kv_view<float>& kv) {
   const attention_shape shape{q.tokens, kv.k.tokens, q.heads, kv.k.heads,
@@ -38,6 +40,21 @@ struct plan_access {
 };
 
 namespace detail {
+
+/// Empties a plan that could not be made to its end: what is filled half is no plan.
+class plan_reset {
+ public:
+  explicit plan_reset(attention_plan& plan) : plan_(&plan) {}
+  plan_reset(const plan_reset&) = delete;
+  plan_reset& operator=(const plan_reset&) = delete;
+  ~plan_reset() {
+    if (plan_ != nullptr) plan_access::data(*plan_).shape = {};
+  }
+  void dismiss() { plan_ = nullptr; }
+
+ private:
+  attention_plan* plan_;
+};
 
 inline head_map map_for(const attention_shape& shape, index_t sets) {
   if (sets == 1) return head_map::shared;
@@ -76,9 +93,7 @@ void emit_heads(context& ctx, plan_data& data, const P& pattern) {
     }
   }
   if (first != nullptr) {
-    const std::exception_ptr failure = first->failure;
-    data.shape = {};  // what was filled half is no plan
-    std::rethrow_exception(failure);
+    std::rethrow_exception(first->failure);
   }
 }
 
@@ -132,6 +147,7 @@ template <attention_pattern P>
 void plan_prefill_into(context& ctx, attention_plan& plan, const attention_shape& shape,
                        const P& pattern, const plan_options& options = {}) {
   check_shape(shape, options.legal);
+  detail::plan_reset reset(plan);
   require(options.tile_rows >= 0 && options.tile_rows <= max_tile_rows, "plan_prefill: tile_rows ",
           options.tile_rows, ", expected 1 to ", max_tile_rows, ", or 0 for the pattern's choice");
   plan_data& data = plan_access::data(plan);
@@ -141,6 +157,7 @@ void plan_prefill_into(context& ctx, attention_plan& plan, const attention_shape
           "plan_prefill: the pattern asks for tiles of ", grid.rows, " rows and period ",
           grid.period);
   if (options.tile_rows > 0) grid.rows = options.tile_rows;
+  grid = grid.fitted();
   data.shape = shape;
   data.legal = options.legal;
   data.grid = grid;
@@ -149,8 +166,10 @@ void plan_prefill_into(context& ctx, attention_plan& plan, const attention_shape
   detail::emit_heads(ctx, data, pattern);
   detail::merge_dense_heads(data,
                             {options.tile_rows > 0 ? options.tile_rows : dense{}.grid().rows, 0});
+  reset.dismiss();
 }
 
+/// The same as a new plan.
 template <attention_pattern P>
 attention_plan plan_prefill(context& ctx, const attention_shape& shape, const P& pattern,
                             const plan_options& options = {}) {
@@ -170,6 +189,7 @@ void plan_decode_into(context& ctx, attention_plan& plan, const attention_shape&
   require(options.split_keys > 0, "plan_decode: split_keys ", options.split_keys,
           " must be positive");
   check_shape(shape, options.legal);
+  detail::plan_reset reset(plan);
   const tile_grid short_tiles{static_cast<token_t>(sub_tile_rows), 0};
   plan_data& data = plan_access::data(plan);
   const head_map map = detail::map_for(shape, pattern_heads(pattern));
@@ -183,8 +203,10 @@ void plan_decode_into(context& ctx, attention_plan& plan, const attention_shape&
   detail::emit_heads(ctx, data, pattern);
   detail::merge_dense_heads(data, short_tiles);
   detail::cut_splits(plan, data, options.split_keys);
+  reset.dismiss();
 }
 
+/// The same as a new plan.
 template <attention_pattern P>
 attention_plan plan_decode(context& ctx, const attention_shape& shape, const P& pattern,
                            const decode_options& options = {}) {

@@ -36,7 +36,6 @@ struct row_work {
 
   // Without splits a task merges its own states, and takes several tiles to be worth its while.
   static constexpr index_t tiles_per_task = 16;
-  bool merges_later(const attention_plan& plan) const { return plan.has_splits(); }
   index_t tasks(const attention_plan& plan) const {
     return plan.has_splits() ? split_count : lists * ceil_div(tiles, tiles_per_task);
   }

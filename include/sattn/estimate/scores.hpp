@@ -16,7 +16,7 @@
 namespace sattn {
 
 /// Estimated importance of units (keys, blocks, distances) for rows of something, per set of heads.
-/// -inf marks what is not legal.
+/// Scores by row mark what the row may not see with -inf; sums over many rows hold 0 there.
 struct score_tensor {
   index_t sets = 0;  // kv_heads, or q_heads where heads are not reduced
   index_t rows = 0;
@@ -86,7 +86,7 @@ inline key_range heads_of_set(const attention_shape& shape, head_reduce reduce, 
 }
 
 /// Joins the scores of one more head: `seen` of them were joined before. The last of a mean
-/// divides. Where one head has no legal score none has.
+/// divides. What is legal is the same for all heads, so that -inf meets only -inf.
 inline void join_head(std::span<float> joined, std::span<const float> head, index_t seen,
                       index_t heads, head_reduce reduce) {
   for (std::size_t i = 0; i < joined.size(); ++i) {

@@ -29,9 +29,13 @@ class context {
         executor_(*own_pool_) {}
 
   /// Borrows the caller's threads; they must outlive the context.
+  /// Throws: unsupported as above; shape_error if the executor has no worker.
   template <parallel_executor E>
   explicit context(E& executor, const kernel_table& table = kernels<arch::native>())
-      : kernels_(&checked(table)), executor_(executor) {}
+      : kernels_(&checked(table)), executor_(executor) {
+    require(executor_.concurrency() >= 1, "context: the executor has ", executor_.concurrency(),
+            " workers, expected 1 or more");
+  }
 
   const executor_ref& executor() const { return executor_; }
   const sattn::kernel_table& kernel_table() const { return *kernels_; }

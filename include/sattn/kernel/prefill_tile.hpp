@@ -65,7 +65,8 @@ SATTN_ALWAYS_INLINE void qk_chunk(const tile_args& args, const float* q, float* 
   for_each_tile<tile_rows<Arch>>(args.count, [&](auto rows, index_t key) SATTN_INLINE_LAMBDA {
     constexpr bool ahead = Prefetch && rows >= tile_rows<Arch> - 1;
     qk_tile<Arch, rows, Masked, ahead>(args.k_rows + key, args.v_rows + key,
-                                          Masked ? args.masks + key : nullptr, args.head_dim, q,
+                                          Masked ? args.masks + key : nullptr, args.head_dim,
+                                        args.v_dim, q,
                                           args.scores + key * tile_lanes, maxima);
   });
 }

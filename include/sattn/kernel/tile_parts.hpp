@@ -46,7 +46,8 @@ SATTN_ALWAYS_INLINE void for_each_tile(index_t count, F&& f) {
 /// k_rows[0 .. Rows) in place; k_rows[Rows .. 2 Rows) and v_rows[0 .. Rows) only prefetched.
 template <class Arch, int Rows, bool Masked, bool Prefetch>
 SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_rows,
-                            const std::uint16_t* masks, index_t head_dim, const float* q,
+                            const std::uint16_t* masks, index_t head_dim, index_t v_dim,
+                            const float* q,
                             float* SATTN_RESTRICT scores, float* SATTN_RESTRICT maxima) noexcept {
   using V = simd::vec<Arch>;
   constexpr int width = V::width;
@@ -78,7 +79,7 @@ SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_ro
     if constexpr (Prefetch) {
       simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA {
         simd::prefetch(k_rows[Rows + r] + i);
-        simd::prefetch(v_rows[r] + i);
+        if (i < v_dim) simd::prefetch(v_rows[r] + i);
       });
     }
     simd::unroll<depth_step>([&](auto u) SATTN_INLINE_LAMBDA { depth(i + u); });

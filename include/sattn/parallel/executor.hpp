@@ -11,6 +11,7 @@ namespace sattn {
 /// The caller's threads. A model guarantees:
 /// * parallel_for(n, f) calls f(task, worker) once for each task in [0, n) and returns when all are
 ///   done; worker < concurrency(), and no two calls at the same time share a worker;
+/// * concurrency() is 1 or more and does not change while a context uses it;
 /// * it starts lower tasks first, more or less (the library puts long tasks first).
 /// It may pass an exception of f on to the caller, as thread_pool does, or end the program: tasks of
 /// the library throw nothing but std::bad_alloc, and only in estimators.

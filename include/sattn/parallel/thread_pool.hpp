@@ -15,29 +15,28 @@
 namespace sattn {
 
 /// A fixed set of std::threads; the calling thread works as worker 0. Tasks are handed out one by
-/// one, so that uneven tasks balance. Calls from several threads wait for each other.
+/// one, so that uneven tasks balance. Calls from several threads wait for each other; a task must
+/// not call parallel_for of its own pool, which would wait for itself.
 class thread_pool {
  public:
   /// threads < 1 means one per hardware thread.
   explicit thread_pool(index_t threads = 0) {
     if (threads < 1) threads = std::max<index_t>(1, std::thread::hardware_concurrency());
     workers_.reserve(static_cast<std::size_t>(threads - 1));
-    for (index_t worker = 1; worker < threads; ++worker) {
-      workers_.emplace_back([this, worker] { serve(worker); });
+    try {
+      for (index_t worker = 1; worker < threads; ++worker) {
+        workers_.emplace_back([this, worker] { serve(worker); });
+      }
+    } catch (...) {  // the system has no thread left: give back the ones there are
+      stop();
+      throw;
     }
   }
 
   thread_pool(const thread_pool&) = delete;
   thread_pool& operator=(const thread_pool&) = delete;
 
-  ~thread_pool() {
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    start_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
+  ~thread_pool() { stop(); }
 
   index_t concurrency() const { return static_cast<index_t>(workers_.size()) + 1; }
 
@@ -65,6 +64,15 @@ class thread_pool {
   }
 
  private:
+  void stop() {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    start_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
   void work(index_t worker) {
     try {
       for (;;) {

@@ -23,6 +23,9 @@ inline void check_block_sizes(const char* name, token_t q_block, token_t k_block
 // The keys of key block j for the tiles of query block i.
 inline void emit_block(const plan_scope& scope, plan_writer& writer, token_t q_block,
                        token_t k_block, index_t i, index_t j) {
+  require(scope.grid.period > 0 && q_block % scope.grid.period == 0, "block pattern: tiles start at ",
+          "multiples of ", scope.grid.period, ", which does not divide q_block ", q_block,
+          ": a pattern that wraps another must pass on its grid()");
   const index_t begin = j * k_block;
   const index_t end = std::min(begin + k_block, scope.shape.kv_len);
   const index_t last_row = std::min((i + 1) * q_block, scope.shape.q_len);

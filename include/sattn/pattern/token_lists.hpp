@@ -34,6 +34,10 @@ struct token_lists {
     require(indptr.front() == 0 && indptr.back() == static_cast<index_t>(tokens.size()),
             "token_lists: indptr runs from ", indptr.front(), " to ", indptr.back(),
             ", expected 0 to ", tokens.size());
+    require(scope.grid.period > 0 && rows_per_list % scope.grid.period == 0,
+            "token_lists: tiles start at multiples of ", scope.grid.period,
+            ", which does not divide rows_per_list ", rows_per_list,
+            ": a pattern that wraps another must pass on its grid()");
     for (index_t i = 0; i < lists; ++i) {
       const auto r = static_cast<std::size_t>(scope.pick(sets) * lists + i);
       require(indptr[r] >= 0 && indptr[r] <= indptr[r + 1] && indptr[r + 1] <= indptr.back(),

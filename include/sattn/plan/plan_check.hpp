@@ -54,15 +54,16 @@ inline void attention_plan::validate() const {
   require(static_cast<index_t>(data_.heads.size()) >= heads(), "plan: ", data_.heads.size(),
           " heads, expected ", heads());
   const index_t kv_len = data_.shape.kv_len;
-  const index_t positions = index_t{data_.shape.q_offset} + data_.shape.q_len;
+  const index_t distances = std::max<index_t>(index_t{data_.shape.q_offset} + data_.shape.q_len, 0);
   for (index_t i = 0; i < heads(); ++i) {
     const plan_head& h = head(i);
-    detail::check_ranges("distances", i, h.distances, 0, std::ssize(h.distances),
-                         std::max<index_t>(positions, 0));
+    detail::check_ranges("distances", i, h.distances, 0, std::ssize(h.distances), distances);
     detail::check_ranges("columns", i, h.columns, 0, std::ssize(h.columns), kv_len);
     detail::check_pointers("range", i, h.range_ptr, tiles(), h.ranges.size());
     detail::check_pointers("token", i, h.token_ptr, tiles(), h.tokens.size());
     detail::check_pointers("split", i, h.split_ptr, tiles(), h.splits.size());
+    require(h.split_ptr.empty() || data_.grid.rows <= sub_tile_rows, "plan: tiles of ",
+            data_.grid.rows, " rows have splits, at most ", sub_tile_rows, " rows can");
     require(h.split_ptr.empty() == head(0).split_ptr.empty(),
             "plan: head ", i, " and head 0 differ in having splits");
     for (index_t t = 0; t < tiles(); ++t) {
@@ -96,6 +97,7 @@ inline void attention_plan::validate() const {
 
 inline attention_plan::attention_plan(plan_data data) : data_(std::move(data)) {
   validate();  // first: the bits are as many as the distances say
+  data_.heads.resize(static_cast<std::size_t>(heads()));
   for (plan_head& h : data_.heads) h.set_distance_bits();
 }
 

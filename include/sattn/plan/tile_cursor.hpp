@@ -76,6 +76,7 @@ class tile_cursor {
   const domain* legal_ = nullptr;
   const std::uint64_t* distance_bits_ = nullptr;
   index_t last_bit_ = 0;
+  index_t distance_end_ = 0;          // larger distances concern no row
   const key_range* runs_ = nullptr;   // of distances
   index_t runs_left_ = 0;             // consumed from the back: far diagonals are early keys
   stream columns_;
@@ -132,9 +133,13 @@ inline tile_cursor::tile_cursor(const attention_plan& plan, index_t head, index_
     runs_ = h.distances.data();
     // Runs so far that their hull ends at or before the first key are of no use.
     const index_t last = index_t{first_} + rows_ - 1;
-    const key_range* useful = std::partition_point(
-        runs_, runs_ + h.distances.size(),
-        [&](const key_range& run) { return last - run.begin >= next_key_; });
+    // What the window makes illegal at every distance is left out; a hull that covers is for all
+    // rows, whatever their own distance.
+    distance_end_ = legal_->window > 0 && !cover_ ? legal_->window : no_key;
+    const key_range* useful =
+        std::partition_point(runs_, runs_ + h.distances.size(), [&](const key_range& run) {
+          return last - run.begin >= next_key_ && run.begin < distance_end_;
+        });
     runs_left_ = useful - runs_;
     advance_hull();
   }
@@ -144,7 +149,9 @@ inline tile_cursor::tile_cursor(const attention_plan& plan, index_t head, index_
 /// keys [first - b + 1, last - a] of the rows first .. last.
 inline void tile_cursor::advance_hull() {
   const index_t last = index_t{first_} + rows_ - 1;
-  const auto hull_begin = [&](const key_range& run) { return index_t{first_} - run.end + 1; };
+  const auto hull_begin = [&](const key_range& run) {
+    return index_t{first_} - std::min<index_t>(run.end, distance_end_) + 1;
+  };
   if (runs_left_ == 0) {
     hull_ = {no_key, no_key};
     return;

@@ -33,9 +33,15 @@ struct tile_grid {
             static_cast<token_t>(std::min<index_t>(begin + rows, limit))};
   }
 
+  /// The same tiles, with the height that they really have.
+  constexpr tile_grid fitted() const {
+    return {period > 0 ? std::min(rows, period) : rows, period};
+  }
+
   /// The grid that respects both: tiles are no taller, and break at the multiples of both periods.
   friend constexpr tile_grid operator&(const tile_grid& a, const tile_grid& b) {
-    return {std::min(a.rows, b.rows), std::gcd(a.period, b.period)};  // gcd(x, 0) = x
+    return tile_grid{std::min(a.rows, b.rows), std::gcd(a.period, b.period)}  // gcd(x, 0) = x
+        .fitted();
   }
   constexpr bool operator==(const tile_grid&) const = default;
 };

@@ -3,7 +3,7 @@
 
 #include <sattn/simd/vec.hpp>
 
-#ifdef __AVX__
+#if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -27,7 +27,7 @@ SATTN_ALWAYS_INLINE void transpose(vec<Arch> (&row)[vec<Arch>::width]) {
   unroll<width>([&](auto i) SATTN_INLINE_LAMBDA { row[i] = V::load_aligned(square[i]); });
 }
 
-#ifdef __AVX__
+#if defined(__AVX2__) && defined(__FMA__)
 template <>
 SATTN_ALWAYS_INLINE void transpose<arch::avx2>(vec<arch::avx2> (&row)[8]) {
   __m256 pair[8];
