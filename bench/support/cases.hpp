@@ -162,7 +162,6 @@ inline void add_case(const problem& p, const workload& w, rival against = rival:
                            (against == rival::serial ? "/threads2" : "") +
                            (p.smoke ? "/smoke" : "");
   benchmark::RegisterBenchmark(name.c_str(), [=](auto& state) { run_case(state, p, w, against); })
-      ->UseManualTime()
       ->Unit(benchmark::kMillisecond);
 }
 

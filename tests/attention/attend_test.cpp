@@ -16,7 +16,7 @@
 
 namespace {
 
-using namespace sattn;  // NOLINT(google-build-using-namespace)
+using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 
 // ---- every pattern, every shape -----------------------------------------------------------------
@@ -48,8 +48,8 @@ TEST_P(patterns, match_the_reference_on_random_shapes_domains_and_options) {
         random_pattern(random, p.shape, static_cast<pattern_kind>(GetParam()));
     const plan_options options{.legal = random_domain(random, p.shape),
                                .tile_rows = random.pick<token_t>({0, 0, 1, 4, 8, 16, 23, 64, 128})};
-    SCOPED_TRACE(::testing::Message() << "round " << round << ": " << pattern.name << "; " << extents
-                                      << "; tile_rows " << options.tile_rows);
+    SCOPED_TRACE(::testing::Message() << "round " << round << ": " << pattern.name << "; "
+                                      << extents << "; tile_rows " << options.tile_rows);
     const attention_plan plan = plan_prefill(contexts.any(), p.shape, pattern.pattern, options);
     plan.validate();
     ASSERT_TRUE(selects(plan, pattern.selected));
@@ -64,8 +64,12 @@ TEST(attend, takes_every_head_dim) {
   random_source random;
   all_contexts contexts;
   const auto check = [&](index_t head_dim, index_t v_dim) {
-    const attention_problem p(random, {.q_len = 19, .kv_len = 37, .q_heads = 2, .kv_heads = 1,
-                                       .head_dim = head_dim, .v_dim = v_dim,
+    const attention_problem p(random, {.q_len = 19,
+                                       .kv_len = 37,
+                                       .q_heads = 2,
+                                       .kv_heads = 1,
+                                       .head_dim = head_dim,
+                                       .v_dim = v_dim,
                                        .layout = memory_layout::nhd_padded});
     const attention_plan tiles = plan_prefill(contexts.any(), p.shape, dense{});
     EXPECT_TRUE(within_bound(contexts, tiles, p)) << head_dim << "/" << v_dim;
@@ -85,11 +89,15 @@ TEST(attend, takes_every_group_size_at_every_tile_height) {
   all_contexts contexts;
   for (const index_t group : {1, 2, 3, 4, 5, 7, 8, 16, 24}) {
     for (const token_t tile_rows : {1, 2, 3, 4, 5, 8, 9, 16, 17, 64}) {
-      const attention_problem p(random, {.q_len = 18, .kv_len = 40, .q_heads = 2 * group,
-                                         .kv_heads = 2, .head_dim = 5, .v_dim = 6});
-      const attention_plan plan = plan_prefill(contexts.any(), p.shape,
-                                               vertical_slash{{0, 7, 8}, {0, 1, 5, 20}},
-                                               {.tile_rows = tile_rows});
+      const attention_problem p(random, {.q_len = 18,
+                                         .kv_len = 40,
+                                         .q_heads = 2 * group,
+                                         .kv_heads = 2,
+                                         .head_dim = 5,
+                                         .v_dim = 6});
+      const attention_plan plan =
+          plan_prefill(contexts.any(), p.shape, vertical_slash{{0, 7, 8}, {0, 1, 5, 20}},
+                       {.tile_rows = tile_rows});
       EXPECT_TRUE(within_bound(contexts, plan, p)) << group << " heads, " << tile_rows << " rows";
     }
   }
@@ -134,8 +142,8 @@ TEST(attend, covering_vertical_slash_is_dense_attention_under_the_hulls) {
       const index_t position = row + 20;
       const index_t top = row / tile_rows * tile_rows;
       const index_t bottom = std::min<index_t>(top + tile_rows, 150) - 1;
-      bool selected = std::find(pattern.columns.begin(), pattern.columns.end(), key) !=
-                      pattern.columns.end();
+      bool selected =
+          std::find(pattern.columns.begin(), pattern.columns.end(), key) != pattern.columns.end();
       for (const index_t d : pattern.distances) {
         selected |= top + 20 - d <= key && key <= bottom + 20 - d;
       }
@@ -162,15 +170,15 @@ TEST(attend, a_window_of_everything_is_dense_and_sinks_fill_what_a_window_leaves
   const attention_result want = run(ctx, plan_prefill(ctx, p.shape, dense{}), p);
   EXPECT_TRUE(bit_equal(run(ctx, plan_prefill(ctx, p.shape, sliding_window{90}), p), want));
   const attention_plan a_shape = plan_prefill(ctx, p.shape, sink{60} | sliding_window{30});
-  EXPECT_TRUE(within_bound(contexts, a_shape, p,
-                           expected(p, [](index_t, index_t row, index_t key) { return key <= row; })));
+  EXPECT_TRUE(within_bound(contexts, a_shape, p, expected(p, [](index_t, index_t row, index_t key) {
+                             return key <= row;
+                           })));
 
   // A-shape: row i sees min(i + 1, window) recent keys and what is left of the sinks before them.
   const attention_plan plan = plan_prefill(ctx, p.shape, sink{7} | sliding_window{20});
   std::int64_t pairs = 0;
   for (index_t i = 0; i < 90; ++i) {
-    pairs += std::min<index_t>(i + 1, 20) +
-             std::min<index_t>(std::max<index_t>(i + 1 - 20, 0), 7);
+    pairs += std::min<index_t>(i + 1, 20) + std::min<index_t>(std::max<index_t>(i + 1 - 20, 0), 7);
   }
   EXPECT_EQ(plan.stats().selected, 2 * pairs);
 }
@@ -201,8 +209,8 @@ TEST(attend, a_sink_logit_equals_a_key_with_that_logit_and_value_zero) {
     const attention_result got = run(ctx, plan, p);
     for (index_t row = 0; row < 33; ++row) {
       for (index_t h = 0; h < 3; ++h) {
-        const double share = 1 / (1 + std::exp(double{p.sink_logits[at(h)]} -
-                                               plain.lse[at(row * 3 + h)]));
+        const double share =
+            1 / (1 + std::exp(double{p.sink_logits[at(h)]} - plain.lse[at(row * 3 + h)]));
         const std::size_t i = at((row * 3 + h) * p.v_dim);
         EXPECT_NEAR(got.out[i], plain.out[i] * share, plain.out_bound[i] + 1e-6) << row << " " << h;
         if (h == 2) {
@@ -235,8 +243,8 @@ TEST(attend, a_huge_soft_cap_is_none_and_a_small_one_bounds_the_logits) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  attention_problem p(random, {.q_len = 40, .kv_len = 60, .q_heads = 2, .kv_heads = 2,
-                               .head_dim = 64});
+  attention_problem p(random,
+                      {.q_len = 40, .kv_len = 60, .q_heads = 2, .kv_heads = 2, .head_dim = 64});
   const attention_plan plan = plan_prefill(contexts.any(), p.shape, dense{});
   const attention_plan row_plan = plan_decode(contexts.any(), p.shape, dense{});
   const reference::result uncapped = expected(p, mask_of(plan));
@@ -318,8 +326,8 @@ TEST(attend, the_order_of_the_selected_keys_does_not_matter) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  attention_problem p(random, {.q_len = 20, .kv_len = 90, .q_heads = 2, .kv_heads = 1,
-                               .q_offset = 89});
+  attention_problem p(random,
+                      {.q_len = 20, .kv_len = 90, .q_heads = 2, .kv_heads = 1, .q_offset = 89});
   const reference::result want = expected(p, {});
   for (index_t key = 0; key < 45; ++key) {
     std::swap_ranges(p.k.row(key, 0), p.k.row(key, 0) + 16, p.k.row(89 - key, 0));
@@ -391,8 +399,8 @@ TEST(attend, rows_without_keys_are_zero_and_minus_infinity) {
   random_source random;
   all_contexts contexts;
   // Rows 0 to 19 stand before every key; the first tile has none at all, the second only some.
-  const attention_problem p(random, {.q_len = 40, .kv_len = 30, .q_heads = 4, .kv_heads = 2,
-                                     .q_offset = -20});
+  const attention_problem p(
+      random, {.q_len = 40, .kv_len = 30, .q_heads = 4, .kv_heads = 2, .q_offset = -20});
   const std::vector<std::uint8_t> mask = {0, 1, 1};
   for (const any_pattern& pattern :
        {any_pattern(dense{}), any_pattern(sink{0}), any_pattern(sliding_window{3}),
@@ -414,8 +422,11 @@ TEST(attend, rows_without_keys_are_zero_and_minus_infinity) {
 // Logits as given, exactly: q = 1, k = logit, scale 1.
 attention_problem with_logits(random_source& random, const std::vector<float>& logits,
                               index_t q_len) {
-  attention_problem p(random, {.q_len = q_len, .kv_len = std::ssize(logits), .head_dim = 1,
-                               .v_dim = 9, .q_offset = static_cast<token_t>(logits.size())});
+  attention_problem p(random, {.q_len = q_len,
+                               .kv_len = std::ssize(logits),
+                               .head_dim = 1,
+                               .v_dim = 9,
+                               .q_offset = static_cast<token_t>(logits.size())});
   p.scale = 1.0f;
   p.q.fill(1);
   for (index_t key = 0; key < std::ssize(logits); ++key) p.k.fill_row(key, 0, logits[at(key)]);
@@ -428,16 +439,11 @@ TEST(attend, logits_of_any_size_are_not_mistaken_for_masked_ones) {
   random_source random;
   all_contexts contexts;
   const std::vector<std::vector<float>> cases = {
-      {-1e5f, -1e5f + 1},
-      {-1e5f, -1e5f + 1, -infinity, -2e5f},
-      {-1e30f, -1e30f},
-      {-3e38f, -3e38f, -3e38f},
-      {-3e38f, -infinity},
-      {-infinity, -infinity},
-      {1e4f, 1e4f - 1, -1e4f, 0},
-      {1e4f, 1e4f - 200},
-      {3e38f, 3e38f, -3e38f},
-      {88.0f, -88.0f, 0, -104.0f, -87.4f},
+      {-1e5f, -1e5f + 1},         {-1e5f, -1e5f + 1, -infinity, -2e5f},
+      {-1e30f, -1e30f},           {-3e38f, -3e38f, -3e38f},
+      {-3e38f, -infinity},        {-infinity, -infinity},
+      {1e4f, 1e4f - 1, -1e4f, 0}, {1e4f, 1e4f - 200},
+      {3e38f, 3e38f, -3e38f},     {88.0f, -88.0f, 0, -104.0f, -87.4f},
   };
   for (const std::vector<float>& logits : cases) {
     for (const std::size_t copies : {1u, 100u, 300u}) {  // one chunk, one full, several
@@ -510,8 +516,8 @@ TEST(attend, every_selected_key_changes_its_row_and_no_other_key_does) {
     for (index_t i = 0; i < p.v_dim; ++i) changed.v.row(key, 0)[i] += 1;
     const attention_result after = run(ctx, plan, changed);
     for (index_t row = 0; row < 24; ++row) {
-      EXPECT_EQ(static_cast<bool>(
-                    test_support::bit_equal(after.rows(p, row, row + 1), before.rows(p, row, row + 1))),
+      EXPECT_EQ(static_cast<bool>(test_support::bit_equal(after.rows(p, row, row + 1),
+                                                          before.rows(p, row, row + 1))),
                 !selected(0, row, key))
           << "row " << row << ", key " << key;
     }
@@ -527,8 +533,8 @@ TEST(attend, works_without_an_lse) {
   const attention_problem p(random, {.q_len = 20, .kv_len = 20, .q_heads = 2, .kv_heads = 1});
   for (context& ctx : contexts) {
     for (const bool by_rows : {false, true}) {
-      const attention_plan plan = by_rows ? plan_decode(ctx, p.shape, dense{})
-                                          : plan_prefill(ctx, p.shape, dense{});
+      const attention_plan plan =
+          by_rows ? plan_decode(ctx, p.shape, dense{}) : plan_prefill(ctx, p.shape, dense{});
       owned_tensor out(20, 2, 16);
       attend(ctx, plan, p.q.view(), p.kv(), out.view());
       EXPECT_TRUE(test_support::bit_equal(out.packed(), run(ctx, plan, p).out));

@@ -30,9 +30,9 @@ attention_plan random_plan(random_source& random, context& ctx, const attention_
                        {.legal = random_domain(random, shape),
                         .split_keys = random.pick<token_t>({1, 20, 128, 4096})});
   }
-  return plan_prefill(ctx, shape, pattern.pattern,
-                      {.legal = random_domain(random, shape),
-                       .tile_rows = random.pick<token_t>({0, 4, 16, 64})});
+  return plan_prefill(
+      ctx, shape, pattern.pattern,
+      {.legal = random_domain(random, shape), .tile_rows = random.pick<token_t>({0, 4, 16, 64})});
 }
 
 // Sequences that differ in everything; some are empty in one way or another.
@@ -67,7 +67,9 @@ std::vector<attention_result> run_batch(context& ctx, const std::vector<member>&
   }
   std::vector<attention_sequence> sequences;
   for (std::size_t i = 0; i < batch.size(); ++i) {
-    sequences.push_back({&batch[i].plan, batch[i].problem.q.view(), batch[i].problem.kv(),
+    sequences.push_back({&batch[i].plan,
+                         batch[i].problem.q.view(),
+                         batch[i].problem.kv(),
                          {outs[i].view(), lses[i].view()}});
   }
   attend(ctx, sequences, options);
@@ -191,11 +193,12 @@ TEST(chunked_prefill, has_the_bits_of_one_call_when_tiles_agree_and_is_within_bo
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p(random, {.q_len = 160, .kv_len = 190, .q_heads = 4, .kv_heads = 2,
-                                     .head_dim = 8, .v_dim = 8});
-  const std::vector<any_pattern> patterns = {
-      dense{}, sliding_window{50}, sink{4} | sliding_window{21},
-      vertical_slash{{0, 1, 29}, {0, 1, 7, 40, 41, 100}}};
+  const attention_problem p(
+      random,
+      {.q_len = 160, .kv_len = 190, .q_heads = 4, .kv_heads = 2, .head_dim = 8, .v_dim = 8});
+  const std::vector<any_pattern> patterns = {dense{}, sliding_window{50},
+                                             sink{4} | sliding_window{21},
+                                             vertical_slash{{0, 1, 29}, {0, 1, 7, 40, 41, 100}}};
   for (const any_pattern& pattern : patterns) {
     for (const domain& legal : {domain{}, domain{.window = 33}, domain{.prefix = 50}}) {
       const plan_options options{.legal = legal, .tile_rows = 16};

@@ -44,8 +44,8 @@ TEST_P(decode_patterns, match_the_reference_on_random_shapes_splits_and_options)
     const decode_options options{
         .legal = random_domain(random, p.shape),
         .split_keys = random.pick<token_t>({1, 3, 16, 64, 127, 128, 129, 1000, no_split})};
-    SCOPED_TRACE(::testing::Message() << "round " << round << ": " << pattern.name << "; " << extents
-                                      << "; split_keys " << options.split_keys);
+    SCOPED_TRACE(::testing::Message() << "round " << round << ": " << pattern.name << "; "
+                                      << extents << "; split_keys " << options.split_keys);
     const attention_plan plan = plan_decode(contexts.any(), p.shape, pattern.pattern, options);
     plan.validate();
     ASSERT_TRUE(selects(plan, pattern.selected));
@@ -60,8 +60,12 @@ TEST(decode, takes_every_head_dim) {
   random_source random;
   all_contexts contexts;
   const auto check = [&](index_t head_dim, index_t v_dim, index_t group) {
-    const attention_problem p(random, {.q_len = 1, .kv_len = 37, .q_heads = group, .kv_heads = 1,
-                                       .head_dim = head_dim, .v_dim = v_dim,
+    const attention_problem p(random, {.q_len = 1,
+                                       .kv_len = 37,
+                                       .q_heads = group,
+                                       .kv_heads = 1,
+                                       .head_dim = head_dim,
+                                       .v_dim = v_dim,
                                        .layout = memory_layout::hnd_padded});
     const attention_plan plan = plan_decode(contexts.any(), p.shape, dense{}, {.split_keys = 30});
     EXPECT_TRUE(within_bound(contexts, plan, p)) << head_dim << "/" << v_dim;
@@ -78,8 +82,11 @@ TEST(decode, takes_every_group_size_number_of_rows_and_tail_of_keys) {
   all_contexts contexts;
   for (const index_t group : {1, 2, 3, 4, 5, 7, 8, 16, 40, 128}) {
     for (const index_t kv_len : {0, 1, 2, 3, 4, 5, 7, 8, 9, 127, 128, 129, 131}) {
-      const attention_problem p(random, {.q_len = group > 8 ? 1 : 1 + kv_len % 16, .kv_len = kv_len,
-                                         .q_heads = 2 * group, .kv_heads = 2, .head_dim = 9,
+      const attention_problem p(random, {.q_len = group > 8 ? 1 : 1 + kv_len % 16,
+                                         .kv_len = kv_len,
+                                         .q_heads = 2 * group,
+                                         .kv_heads = 2,
+                                         .head_dim = 9,
                                          .v_dim = 5});
       const attention_plan plan = plan_decode(contexts.any(), p.shape, dense{}, {.split_keys = 64});
       EXPECT_TRUE(within_bound(contexts, plan, p)) << group << " heads, " << kv_len << " keys";
@@ -92,8 +99,9 @@ TEST(decode, values_may_be_a_part_of_the_keys) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  attention_problem p(random, {.q_len = 2, .kv_len = 150, .q_heads = 16, .kv_heads = 1,
-                               .head_dim = 576, .v_dim = 512});
+  attention_problem p(
+      random,
+      {.q_len = 2, .kv_len = 150, .q_heads = 16, .kv_heads = 1, .head_dim = 576, .v_dim = 512});
   p.v_is_k = true;
   for (const token_t split_keys : {40, 4096}) {
     const attention_plan plan =
@@ -119,8 +127,8 @@ TEST(decode, a_budget_of_all_keys_gives_the_bits_of_dense) {
         EXPECT_TRUE(bit_equal(run(ctx, plan_decode(ctx, p.shape, all, options), p), want));
         EXPECT_TRUE(bit_equal(
             run(ctx, plan_decode(ctx, p.shape, block_mask{16, 16, mask}, options), p), want));
-        EXPECT_TRUE(bit_equal(
-            run(ctx, plan_decode(ctx, p.shape, sliding_window{300}, options), p), want));
+        EXPECT_TRUE(
+            bit_equal(run(ctx, plan_decode(ctx, p.shape, sliding_window{300}, options), p), want));
         EXPECT_TRUE(bit_equal(run(ctx, plan_decode(ctx, p.shape, sink{300}, options), p), want));
       }
     }
@@ -158,8 +166,8 @@ TEST(decode, every_size_of_split_and_the_tile_kernel_agree_with_one_reference) {
   const reference::result want = expected(p, mask_of(prefill));
   EXPECT_TRUE(within_bound(contexts, prefill, p, want));
   for (const token_t split_keys : {1, 2, 37, 128, 256, 699, 700, 701, 10000}) {
-    const attention_plan plan = plan_decode(contexts.any(), p.shape, dense{},
-                                            {.legal = window, .split_keys = split_keys});
+    const attention_plan plan =
+        plan_decode(contexts.any(), p.shape, dense{}, {.legal = window, .split_keys = split_keys});
     EXPECT_TRUE(within_bound(contexts, plan, p, want)) << split_keys;
   }
 }
@@ -172,13 +180,14 @@ TEST(decode, splits_without_a_key_for_some_rows_are_neutral) {
   const attention_problem p(random, {.q_len = 16, .kv_len = 40, .q_heads = 3, .kv_heads = 3});
   for (const token_t window : {1, 2, 5, 12}) {
     for (const token_t split_keys : {1, 2, 4}) {
-      const attention_plan plan = plan_decode(contexts.any(), p.shape, dense{},
-                                              {.legal = {.window = window}, .split_keys = split_keys});
+      const attention_plan plan =
+          plan_decode(contexts.any(), p.shape, dense{},
+                      {.legal = {.window = window}, .split_keys = split_keys});
       EXPECT_TRUE(within_bound(contexts, plan, p)) << window << " " << split_keys;
     }
   }
-  const attention_problem early(random, {.q_len = 16, .kv_len = 8, .q_heads = 2, .kv_heads = 1,
-                                         .q_offset = -10});
+  const attention_problem early(
+      random, {.q_len = 16, .kv_len = 8, .q_heads = 2, .kv_heads = 1, .q_offset = -10});
   for (const token_t split_keys : {1, 3, 64}) {
     const attention_plan plan =
         plan_decode(contexts.any(), early.shape, dense{}, {.split_keys = split_keys});
@@ -196,8 +205,7 @@ TEST(decode, one_key_far_below_the_others_is_harmless_wherever_it_lies) {
       p.scale = 1.0f;
       p.q.fill(1);
       p.k.fill_row(place, 0, logit);
-      const attention_plan plan =
-          plan_decode(contexts.any(), p.shape, dense{}, {.split_keys = 64});
+      const attention_plan plan = plan_decode(contexts.any(), p.shape, dense{}, {.split_keys = 64});
       EXPECT_TRUE(within_bound(contexts, plan, p)) << logit << " at " << place;
     }
   }
@@ -229,7 +237,8 @@ TEST(decode, reducing_maxima_then_sums_over_shards_equals_one_call) {
   };
   std::vector<shard> shards;
   double bound = 0;
-  for (const auto& [begin, end] : {std::pair<index_t, index_t>{0, 70}, {70, 70}, {70, 71}, {71, 120}}) {
+  for (const auto& [begin, end] :
+       {std::pair<index_t, index_t>{0, 70}, {70, 70}, {70, 71}, {71, 120}}) {
     const attention_shape part{1, end - begin, 4, 2, static_cast<token_t>(end - begin)};
     owned_tensor out(1, 4, 16);
     owned_tensor lse(1, 4, 1);
@@ -256,23 +265,23 @@ TEST(decode, lists_of_each_row_and_lists_of_all_rows_select_what_they_say) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p(random, {.q_len = 3, .kv_len = 64, .q_heads = 4, .kv_heads = 2,
-                                     .q_offset = 63});
+  const attention_problem p(
+      random, {.q_len = 3, .kv_len = 64, .q_heads = 4, .kv_heads = 2, .q_offset = 63});
   // [kv_head][row] -> keys
   const token_lists own{1, {0, 3, 3, 5, 6, 9, 10}, {9, 1, 63, 4, 5, 60, 7, 8, 9, 0}, 2};
   const attention_plan plan = plan_decode(contexts.any(), p.shape, own, {.split_keys = 2});
   EXPECT_TRUE(within_bound(contexts, plan, p, expected(p, [&](index_t h, index_t row, index_t key) {
-    const std::size_t list = at(h / 2 * 3 + row);
-    for (index_t i = own.indptr[list]; i < own.indptr[list + 1]; ++i) {
-      if (own.tokens[at(i)] == key) return true;
-    }
-    return false;
-  })));
+                             const std::size_t list = at(h / 2 * 3 + row);
+                             for (index_t i = own.indptr[list]; i < own.indptr[list + 1]; ++i) {
+                               if (own.tokens[at(i)] == key) return true;
+                             }
+                             return false;
+                           })));
   const token_lists shared{3, {0, 4}, {50, 2, 3, 4}};
   const attention_plan one = plan_decode(contexts.any(), p.shape, shared, {.split_keys = 2});
   EXPECT_TRUE(within_bound(contexts, one, p, expected(p, [](index_t, index_t, index_t key) {
-    return key == 50 || (key >= 2 && key <= 4);
-  })));
+                             return key == 50 || (key >= 2 && key <= 4);
+                           })));
 }
 
 }  // namespace

@@ -20,8 +20,8 @@ namespace {
 using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 
-const problem_extents extents = {.q_len = 70, .kv_len = 150, .q_heads = 6, .kv_heads = 2,
-                                 .head_dim = 20, .v_dim = 13};
+const problem_extents extents = {
+    .q_len = 70, .kv_len = 150, .q_heads = 6, .kv_heads = 2, .head_dim = 20, .v_dim = 13};
 
 // The tile kernel, the row kernel, and splits, each with masks.
 std::vector<std::pair<std::string, attention_plan>> every_kind_of_plan(
@@ -162,9 +162,9 @@ TEST(determinism, one_plan_serves_several_threads_at_once) {
     std::vector<attention_result> got(3);
     std::vector<std::thread> callers;
     for (attention_result& result : got) {
-      callers.emplace_back([&result, &plan = plan, &p] {
+      callers.emplace_back([&result, &shared = plan, &p] {
         context ctx(2);
-        result = run(ctx, plan, p);
+        result = run(ctx, shared, p);
       });
     }
     for (std::thread& caller : callers) caller.join();
@@ -208,9 +208,9 @@ std::vector<std::pair<std::string, any_pattern>> everything(const attention_shap
       const std::vector<token_t> list = all(kv_len);
       tokens.insert(tokens.end(), list.rbegin(), list.rend());
     }
-    patterns.emplace_back("lists for " + std::to_string(rows) + " rows",
-                          token_lists{rows, full_indptr(shape.q_heads * lists, kv_len), tokens,
-                                      shape.q_heads});
+    patterns.emplace_back(
+        "lists for " + std::to_string(rows) + " rows",
+        token_lists{rows, full_indptr(shape.q_heads * lists, kv_len), tokens, shape.q_heads});
   }
   if (legal.causal && legal.prefix == 0) {
     const token_t reach = std::max(shape.position(shape.q_len - 1) + 1, 0);
@@ -231,8 +231,9 @@ TEST(determinism, patterns_that_select_everything_give_the_bits_of_dense) {
     e.kv_len = 400;
     e.q_offset = q_offset;
     const attention_problem p(random, e);
-    for (const domain& legal : {domain{}, domain::full(), domain{.window = 40}, domain{.window = 250},
-                                domain{.window = 7, .prefix = 30}, domain{.prefix = 60}}) {
+    for (const domain& legal :
+         {domain{}, domain::full(), domain{.window = 40}, domain{.window = 250},
+          domain{.window = 7, .prefix = 30}, domain{.prefix = 60}}) {
       for (const token_t tile_rows : {0, 64}) {
         const plan_options options{.legal = legal, .tile_rows = tile_rows};
         const attention_result want = run(ctx, plan_prefill(ctx, p.shape, dense{}, options), p);
@@ -274,14 +275,14 @@ TEST(determinism, one_set_of_keys_gives_the_same_bits_however_it_is_encoded) {
         run(ctx, plan_prefill(ctx, p.shape, token_lists{64, {0, std::ssize(keys)}, keys}, options),
             p),
         want));
-    EXPECT_TRUE(bit_equal(
-        run(ctx, plan_prefill(ctx, p.shape, block_mask{64, 1, mask}, options), p), want));
+    EXPECT_TRUE(
+        bit_equal(run(ctx, plan_prefill(ctx, p.shape, block_mask{64, 1, mask}, options), p), want));
     std::vector<token_t> half(keys.begin(), keys.begin() + std::ssize(keys) / 2);
     std::vector<token_t> rest(keys.begin() + std::ssize(keys) / 3, keys.end());
     EXPECT_TRUE(bit_equal(
         run(ctx,
-            plan_prefill(ctx, p.shape, vertical_slash{half, {}} |
-                                           token_lists{64, {0, std::ssize(rest)}, rest},
+            plan_prefill(ctx, p.shape,
+                         vertical_slash{half, {}} | token_lists{64, {0, std::ssize(rest)}, rest},
                          options),
             p),
         want));

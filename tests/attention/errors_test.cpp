@@ -36,8 +36,7 @@ struct call {
   attention_options options;
   attention_sequence& s;
 
-  call()
-      : memory(4096, 1.0f), sequences(2, make_sequence()), s(sequences[0]) {
+  call() : memory(4096, 1.0f), sequences(2, make_sequence()), s(sequences[0]) {
     // The other sequence lies behind the first, 2048 floats later.
     attention_sequence& other = sequences[1];
     for (auto* view : {&other.q, &other.kv.k, &other.kv.v}) view->data += 2048;
@@ -52,7 +51,8 @@ struct call {
     context ctx(1);
     plan = plan_prefill(ctx, {6, 10, 4, 2, 4}, dense{});
     float* const x = memory.data();
-    return {&plan, nhd<const float>(x, 6, 4, 8),
+    return {&plan,
+            nhd<const float>(x, 6, 4, 8),
             {nhd<const float>(x + 256, 10, 2, 8), nhd<const float>(x + 512, 10, 2, 6)},
             {nhd(x + 1024, 6, 4, 6), nhd(x + 1536, 6, 4, 1)}};
   }
@@ -86,12 +86,8 @@ const std::vector<error_case>& shape_errors() {
       {"lse dim",
        [](call& c) { c.s.output.lse = nhd(c.s.output.lse.data, 6, 4, 2); },
        {"lse dim", "2", "1"}},
-      {"head_dim 0",
-       [](call& c) { c.s.q.dim = c.s.kv.k.dim = 0; },
-       {"head_dim 0", "positive"}},
-      {"v_dim 0",
-       [](call& c) { c.s.kv.v.dim = c.s.output.out.dim = 0; },
-       {"v_dim 0", "positive"}},
+      {"head_dim 0", [](call& c) { c.s.q.dim = c.s.kv.k.dim = 0; }, {"head_dim 0", "positive"}},
+      {"v_dim 0", [](call& c) { c.s.kv.v.dim = c.s.output.out.dim = 0; }, {"v_dim 0", "positive"}},
       {"negative extent", [](call& c) { c.s.q.tokens = -6; }, {"q", "-6"}},
       {"negative stride", [](call& c) { c.s.kv.k.token_stride = -16; }, {"k", "-16"}},
       {"null q", [](call& c) { c.s.q.data = nullptr; }, {"q", "null", "6"}},
@@ -260,10 +256,12 @@ TEST(errors, heads_that_are_no_multiple_are_refused_with_both_numbers) {
   const std::vector<float> x(4096);
   const auto q = nhd(x.data(), 4, 5, 8);
   const auto k = nhd(x.data(), 4, 2, 8);
-  for (const std::string& message :
-       {error_of([&] { shape_of(q, kv(k, k)); }),
-        error_of([&] { plan_prefill(ctx, {4, 4, 5, 2, 0}, dense{}); }),
-        error_of([&] { plan_decode(ctx, {4, 4, 5, 2, 0}, dense{}); })}) {
+  for (const std::string& message : {error_of([&] { shape_of(q, kv(k, k)); }), error_of([&] {
+                                       plan_prefill(ctx, {4, 4, 5, 2, 0}, dense{});
+                                     }),
+                                     error_of([&] {
+                                       plan_decode(ctx, {4, 4, 5, 2, 0}, dense{});
+                                     })}) {
     EXPECT_NE(message.find('5'), std::string::npos) << message;
     EXPECT_NE(message.find('2'), std::string::npos) << message;
   }
@@ -275,9 +273,8 @@ TEST(errors, tensors_of_another_rank_are_refused_with_the_rank) {
   const std::array<index_t, 4> extents = {1, 2, 3, 4};
   const std::array<index_t, 4> strides = {24, 12, 4, 1};
   for (const std::size_t rank : {0u, 1u, 2u, 4u}) {
-    const std::string message = error_of([&] {
-      view_of(&x, std::span(extents).first(rank), std::span(strides).first(rank));
-    });
+    const std::string message = error_of(
+        [&] { view_of(&x, std::span(extents).first(rank), std::span(strides).first(rank)); });
     EXPECT_NE(message.find(std::to_string(rank)), std::string::npos) << message;
     EXPECT_NE(message.find('3'), std::string::npos) << message;
   }
@@ -323,8 +320,8 @@ TEST(errors, outputs_between_the_rows_of_inputs_are_accepted) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p(random, {.q_len = 9, .kv_len = 9, .q_heads = 2, .kv_heads = 1,
-                                     .head_dim = 8, .v_dim = 8});
+  const attention_problem p(
+      random, {.q_len = 9, .kv_len = 9, .q_heads = 2, .kv_heads = 1, .head_dim = 8, .v_dim = 8});
   // One row of memory per token: q [2][8] | out [2][8] | lse [2].
   std::vector<float> fused(at(9 * 34), 0.0f);
   const tensor_view<float> q{fused.data(), 9, 2, 8, 34, 8};

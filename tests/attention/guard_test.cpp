@@ -102,8 +102,11 @@ TEST(guard_pages, no_head_dim_reads_or_writes_outside_its_rows) {
   for (index_t d = 1; d <= 130; ++d) dims.push_back(d);
   for (const index_t d : dims) {
     SCOPED_TRACE(d);
-    run_all(contexts, attention_problem(random, {.q_len = 3, .kv_len = 9, .q_heads = 2,
-                                                 .kv_heads = 1, .head_dim = d,
+    run_all(contexts, attention_problem(random, {.q_len = 3,
+                                                 .kv_len = 9,
+                                                 .q_heads = 2,
+                                                 .kv_heads = 1,
+                                                 .head_dim = d,
                                                  .v_dim = d > 130 ? d : 131 - d}));
   }
 }
@@ -115,8 +118,12 @@ TEST(guard_pages, no_number_of_rows_and_keys_reads_or_writes_outside) {
   for (const index_t q_len : {1, 2, 7, 15, 16, 17, 33}) {
     for (const index_t kv_len : {1, 2, 3, 5, 6, 7, 11, 12, 13, 127, 128, 129, 257}) {
       SCOPED_TRACE(::testing::Message() << q_len << " rows, " << kv_len << " keys");
-      attention_problem p(random, {.q_len = q_len, .kv_len = kv_len, .q_heads = 3, .kv_heads = 1,
-                                   .head_dim = 5, .v_dim = 7});
+      attention_problem p(random, {.q_len = q_len,
+                                   .kv_len = kv_len,
+                                   .q_heads = 3,
+                                   .kv_heads = 1,
+                                   .head_dim = 5,
+                                   .v_dim = 7});
       if (q_len % 2 == 0) p.soft_cap = 2;
       run_all(contexts, p);
     }
@@ -127,8 +134,9 @@ TEST(guard_pages, results_are_those_of_ordinary_memory) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p(random, {.q_len = 20, .kv_len = 30, .q_heads = 4, .kv_heads = 2,
-                                     .head_dim = 19, .v_dim = 21});
+  const attention_problem p(
+      random,
+      {.q_len = 20, .kv_len = 30, .q_heads = 4, .kv_heads = 2, .head_dim = 19, .v_dim = 21});
   guarded tensors(p, guard::after, true);
   for (context& ctx : contexts) {
     for (const attention_plan& plan : some_plans(ctx, p.shape)) {
@@ -145,8 +153,8 @@ TEST(guard_pages, catch_one_key_too_many) {
   const seed_trace trace;
   random_source random;
   serial_executor serial;
-  attention_problem p(random, {.q_len = 3, .kv_len = 16, .q_heads = 2, .kv_heads = 1,
-                               .head_dim = 64, .v_dim = 64});
+  attention_problem p(
+      random, {.q_len = 3, .kv_len = 16, .q_heads = 2, .kv_heads = 1, .head_dim = 64, .v_dim = 64});
   attention_shape longer = p.shape;
   longer.kv_len += 1;
   guarded tensors(p, guard::after, true);

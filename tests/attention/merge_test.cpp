@@ -72,8 +72,9 @@ TEST(merge, of_two_parts_of_a_plan_is_the_whole) {
   random_source random;
   all_contexts contexts;
   for (int round = 0; round < 20; ++round) {
-    const attention_problem p(random, {.q_len = 40, .kv_len = 70, .q_heads = 4, .kv_heads = 2,
-                                       .head_dim = 24, .v_dim = 5});
+    const attention_problem p(
+        random,
+        {.q_len = 40, .kv_len = 70, .q_heads = 4, .kv_heads = 2, .head_dim = 24, .v_dim = 5});
     // Keys of the first part at random; the second has the rest.
     token_lists first{64, {0, 0}, {}};
     token_lists second{64, {0, 0}, {}};
@@ -86,8 +87,7 @@ TEST(merge, of_two_parts_of_a_plan_is_the_whole) {
       const attention_plan a = plan_prefill(ctx, p.shape, first);
       const attention_plan b = plan_prefill(ctx, p.shape, second);
       const partial whole = merged(attend_part(ctx, a, p), attend_part(ctx, b, p));
-      reference::result want =
-          expected(p, mask_of(plan_prefill(ctx, p.shape, dense{})));
+      reference::result want = expected(p, mask_of(plan_prefill(ctx, p.shape, dense{})));
       // The lse of a part is rounded before it weighs the part: a relative error of 2^-24 |lse|.
       const reference::result part_a = expected(p, mask_of(a));
       const reference::result part_b = expected(p, mask_of(b));
@@ -208,15 +208,16 @@ TEST(merge, recall_explains_the_error_of_leaving_keys_out) {
   const seed_trace trace;
   random_source random;
   context ctx(1);
-  const attention_problem p(random, {.q_len = 20, .kv_len = 60, .q_heads = 2, .kv_heads = 1,
-                                     .q_offset = 59});
+  const attention_problem p(
+      random, {.q_len = 20, .kv_len = 60, .q_heads = 2, .kv_heads = 1, .q_offset = 59});
   const attention_plan some = plan_prefill(ctx, p.shape, sink{25});
   const attention_plan rest =
       plan_prefill(ctx, p.shape, token_lists{64, {0, 35}, [] {
-                     std::vector<token_t> keys;
-                     for (token_t key = 25; key < 60; ++key) keys.push_back(key);
-                     return keys;
-                   }()});
+                                               std::vector<token_t> keys;
+                                               for (token_t key = 25; key < 60; ++key)
+                                                 keys.push_back(key);
+                                               return keys;
+                                             }()});
   const attention_result all = run(ctx, plan_prefill(ctx, p.shape, dense{}), p);
   const attention_result selected = run(ctx, some, p);
   const attention_result left_out = run(ctx, rest, p);

@@ -69,8 +69,7 @@ TEST(poison, in_keys_outside_the_plan_never_reaches_the_output) {
     poison_unselected(dirty, mask_of(c.plan), 0, c.problem.shape.q_len,
                       random.pick({quiet_nan, infinity, -infinity, 3e38f}));
     for (context& ctx : contexts) {
-      ASSERT_TRUE(bit_equal(run(ctx, c.plan, dirty), run(ctx, c.plan, c.problem)))
-          << name_of(ctx);
+      ASSERT_TRUE(bit_equal(run(ctx, c.plan, dirty), run(ctx, c.plan, c.problem))) << name_of(ctx);
     }
   }
 }

@@ -54,9 +54,8 @@ std::vector<std::unique_ptr<prepared>> every_kind_of_call() {
                        const auto& pattern_of, token_t split_keys = 4096) {
     attention_problem p(random, e);
     const any_pattern pattern = pattern_of(p.shape);
-    attention_plan plan = decode
-                              ? plan_decode(ctx, p.shape, pattern, {.split_keys = split_keys})
-                              : plan_prefill(ctx, p.shape, pattern);
+    attention_plan plan = decode ? plan_decode(ctx, p.shape, pattern, {.split_keys = split_keys})
+                                 : plan_prefill(ctx, p.shape, pattern);
     calls.push_back(std::make_unique<prepared>(std::move(name), std::move(p), std::move(plan)));
   };
   const auto all = [](const attention_shape&) { return any_pattern(dense{}); };
@@ -66,18 +65,19 @@ std::vector<std::unique_ptr<prepared>> every_kind_of_call() {
   const auto slash = [](const attention_shape&) {
     return any_pattern(vertical_slash{{0, 3}, {0, 1, 9}});
   };
-  const problem_extents prompt = {.q_len = 90, .kv_len = 120, .q_heads = 6, .kv_heads = 2,
-                                  .head_dim = 37, .v_dim = 21};
-  const problem_extents token = {.q_len = 1, .kv_len = 333, .q_heads = 6, .kv_heads = 2,
-                                 .head_dim = 64, .v_dim = 50};
+  const problem_extents prompt = {
+      .q_len = 90, .kv_len = 120, .q_heads = 6, .kv_heads = 2, .head_dim = 37, .v_dim = 21};
+  const problem_extents token = {
+      .q_len = 1, .kv_len = 333, .q_heads = 6, .kv_heads = 2, .head_dim = 64, .v_dim = 50};
   add("dense prefill", prompt, false, all);
   add("vertical-slash prefill", prompt, false, slash);
   add("row lists", prompt, false, lists);
   add("decode", token, true, all);
   add("decode in splits", token, true, all, 10);
   add("decode of lists", token, true, lists, 4);
-  add("large heads", {.q_len = 3, .kv_len = 9, .q_heads = 16, .kv_heads = 1, .head_dim = 576,
-                      .v_dim = 512}, false, all);
+  add("large heads",
+      {.q_len = 3, .kv_len = 9, .q_heads = 16, .kv_heads = 1, .head_dim = 576, .v_dim = 512}, false,
+      all);
   add("no rows", {.q_len = 0, .kv_len = 9}, false, all);
   add("no keys", {.q_len = 2, .kv_len = 0}, true, all);
   return calls;

@@ -61,8 +61,7 @@ inline pattern_case random_blocks(random_source& random, const sattn::attention_
     const index_t set = set_of(shape, sets, h);
     return (*mask)[at((set * rows + row / q_block) * cols + key / k_block)] != 0;
   };
-  const std::string name =
-      "blocks of " + std::to_string(q_block) + " x " + std::to_string(k_block);
+  const std::string name = "blocks of " + std::to_string(q_block) + " x " + std::to_string(k_block);
   if (!as_lists) {
     const sattn::block_mask pattern{q_block, k_block, *mask, sets};
     return {name, pattern, std::move(selected)};
@@ -138,10 +137,14 @@ inline pattern_case random_pattern(random_source& random, const sattn::attention
                 return distance >= 0 && distance < size;
               }};
     }
-    case pattern_kind::block_mask: return detail::random_blocks(random, shape, sets, false);
-    case pattern_kind::block_lists: return detail::random_blocks(random, shape, sets, true);
-    case pattern_kind::vertical_slash: return detail::random_vertical_slash(random, shape);
-    case pattern_kind::row_lists: return detail::random_lists(random, shape, sets, 1);
+    case pattern_kind::block_mask:
+      return detail::random_blocks(random, shape, sets, false);
+    case pattern_kind::block_lists:
+      return detail::random_blocks(random, shape, sets, true);
+    case pattern_kind::vertical_slash:
+      return detail::random_vertical_slash(random, shape);
+    case pattern_kind::row_lists:
+      return detail::random_lists(random, shape, sets, 1);
     case pattern_kind::tile_lists:
       return detail::random_lists(random, shape, sets,
                                   random.pick<token_t>({2, 5, 8, 16, 30, 64, 128, 300}));

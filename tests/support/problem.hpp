@@ -43,8 +43,8 @@ constexpr std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
 
 enum class memory_layout { nhd, hnd, nhd_padded, hnd_padded };
 
-/// A [tokens, heads, dim] tensor. Floats that are no element of it are NaN: the padding between rows
-/// and the memory ahead and behind.
+/// A [tokens, heads, dim] tensor. Floats that are no element of it are NaN: the padding between
+/// rows and the memory ahead and behind.
 class owned_tensor {
  public:
   owned_tensor() : owned_tensor(0, 0, 0) {}
@@ -54,8 +54,7 @@ class owned_tensor {
                memory_layout layout = memory_layout::nhd, index_t shift = 0)
       : tokens_(tokens), heads_(heads), dim_(dim) {
     constexpr index_t around = 16;  // floats ahead and behind
-    const bool padded =
-        layout == memory_layout::nhd_padded || layout == memory_layout::hnd_padded;
+    const bool padded = layout == memory_layout::nhd_padded || layout == memory_layout::hnd_padded;
     const index_t row = dim + (padded ? 3 : 0);
     if (layout == memory_layout::nhd || layout == memory_layout::nhd_padded) {
       head_stride_ = row;
