@@ -10,7 +10,7 @@ function(sattn_set_warnings target)
   target_compile_options(${target} PRIVATE -Werror)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     # GCC 12 reports its own avx512fintrin.h.
-    target_compile_options(${target} PRIVATE -Wno-error=maybe-uninitialized)
+    target_compile_options(${target} PRIVATE -Wno-error=maybe-uninitialized -Wno-error=uninitialized)
     if(CMAKE_CXX_FLAGS MATCHES "-fsanitize")
       # GCC documents false alarms of its flow analysis in instrumented code.
       target_compile_options(${target} PRIVATE -Wno-error=array-bounds -Wno-error=restrict

@@ -14,7 +14,8 @@ namespace sattn {
 
 struct attention_options {
   std::optional<float> scale = std::nullopt;  // of the logits; default 1 / sqrt(head_dim)
-  float soft_cap = 0.0f;                      // logits become cap * tanh(logit / cap); 0 = off
+  // Logits become cap * tanh(logit / cap); 0 = off. q * scale / cap must not overflow.
+  float soft_cap = 0.0f;
   std::span<const float> sink_logits = {};    // [q_heads] logits that take weight and give 0
 };
 
