@@ -4,8 +4,8 @@
 
 usage: extract_readme.py README.md FOLDER
 
-A block that starts with ```cpp becomes FOLDER/block_LINE.cpp, unchanged. One that starts with
-```cpp fragment is left out. Files of blocks that are gone are removed.
+A block that starts with ```cpp becomes FOLDER/block_LINE.cpp, unchanged. Files of blocks that are
+gone are removed.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ def blocks(text, name):
         elif info is not None and fence and not fence.group(2):
             if info == "cpp":
                 yield start, "\n".join(code) + "\n"
-            elif info.startswith("cpp") and info != "cpp fragment":
+            elif info.startswith("cpp"):
                 raise ValueError(f"{name}:{start - 1}: unknown kind of block: {info}")
             info = None
         elif info is not None:
