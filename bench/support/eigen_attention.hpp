@@ -44,8 +44,8 @@ inline void eigen_attention(tensors& t, index_t cache_begin, index_t block_rows,
   const index_t rows = decode ? shape.group_size() : shape.q_len;
   const index_t heads_per_matrix = decode ? shape.group_size() : 1;
   const Eigen::OuterStride<> stride(decode ? t.dim : shape.q_heads * t.dim);
-  const auto kv = t.kv(cache_begin);
-  const Eigen::OuterStride<> kv_stride(kv.k.token_stride);
+  const index_t token_stride = shape.kv_heads * t.dim;
+  const Eigen::OuterStride<> kv_stride(token_stride);
   scores.resize(std::min(rows, block_rows), shape.kv_len);
   for (index_t head = 0; head < shape.q_heads; head += heads_per_matrix) {
     const index_t kv_head = head / shape.group_size();
@@ -53,8 +53,8 @@ inline void eigen_attention(tensors& t, index_t cache_begin, index_t block_rows,
       const index_t count = std::min(block_rows, rows - begin);
       const index_t at = head * t.dim + begin * stride.outer();
       eigen_rows({t.q.data() + at, count, t.dim, stride},
-                 {kv.k.row(0, kv_head), shape.kv_len, t.dim, kv_stride},
-                 {kv.v.row(0, kv_head), shape.kv_len, t.dim, kv_stride},
+                 {t.k.data() + cache_begin * token_stride + kv_head * t.dim, shape.kv_len, t.dim, kv_stride},
+                 {t.v.data() + cache_begin * token_stride + kv_head * t.dim, shape.kv_len, t.dim, kv_stride},
                  {t.out.data() + at, count, t.dim, stride}, shape.position(decode ? 0 : begin) + 1,
                  decode ? 0 : 1, scores);
     }

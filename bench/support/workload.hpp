@@ -49,7 +49,7 @@ struct tensors {
     return sattn::nhd(out.data(), shape.q_len, shape.q_heads, dim);
   }
   /// The cache that starts at token `begin`.
-  sattn::kv_view<float> kv(index_t begin) const {
+  sattn::kv_view kv(index_t begin) const {
     const auto cache = [&](const std::vector<float>& x) {
       return sattn::nhd(x.data(), kv_tokens, shape.kv_heads, dim)
           .slice(begin, begin + shape.kv_len);

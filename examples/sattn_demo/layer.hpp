@@ -32,7 +32,7 @@ struct layer {
   tensor k;  // [kv_len, kv_heads, head_dim]
   tensor v;  // [kv_len, kv_heads, v_dim]
 
-  sattn::kv_view<float> kv() const { return sattn::kv(k.view(), v.view()); }
+  sattn::kv_view kv() const { return sattn::kv(k.view(), v.view()); }
   sattn::attention_shape shape() const {
     return {q.tokens, k.tokens, q.heads, k.heads, static_cast<sattn::token_t>(k.tokens - q.tokens)};
   }

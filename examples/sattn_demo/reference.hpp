@@ -19,7 +19,6 @@ struct reference {
 
 inline void attend_row(const layer& l, index_t row, index_t q_head, double* out) {
   const sattn::attention_shape shape = l.shape();
-  const sattn::kv_view<float> kv = l.kv();
   const index_t kv_head = q_head / shape.group_size();
   const index_t keys = shape.position(row) + 1;
   const float* const q = l.q.view().row(row, q_head);
@@ -27,7 +26,7 @@ inline void attend_row(const layer& l, index_t row, index_t q_head, double* out)
 
   std::vector<double> weights(static_cast<std::size_t>(keys));
   for (index_t key = 0; key < keys; ++key) {
-    const float* const k = kv.k.row(key, kv_head);
+    const float* const k = l.k.view().row(key, kv_head);
     double dot = 0.0;
     for (index_t i = 0; i < l.q.dim; ++i) {
       dot += static_cast<double>(q[i]) * static_cast<double>(k[i]);
@@ -40,7 +39,7 @@ inline void attend_row(const layer& l, index_t row, index_t q_head, double* out)
   std::fill(out, out + l.v.dim, 0.0);
   for (index_t key = 0; key < keys; ++key) {
     const double share = weights[static_cast<std::size_t>(key)] / sum;
-    const float* const v = kv.v.row(key, kv_head);
+    const float* const v = l.v.view().row(key, kv_head);
     for (index_t i = 0; i < l.v.dim; ++i) out[i] += share * static_cast<double>(v[i]);
   }
 }

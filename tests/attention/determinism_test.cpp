@@ -21,26 +21,7 @@ using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 
 const problem_extents extents = {
-    .q_len = 70, .kv_len = 150, .q_heads = 6, .kv_heads = 2, .head_dim = 20, .v_dim = 13};
-
-// The tile kernel, the row kernel, and splits, each with masks.
-std::vector<std::pair<std::string, attention_plan>> every_kind_of_plan(
-    context& ctx, const attention_shape& shape) {
-  random_source random;
-  std::vector<std::pair<std::string, attention_plan>> plans;
-  const auto add = [&](std::string name, attention_plan plan) {
-    plans.emplace_back(std::move(name), std::move(plan));
-  };
-  const auto lists = random_pattern(random, shape, pattern_kind::row_lists);
-  const auto blocks = random_pattern(random, shape, pattern_kind::block_mask, shape.q_heads);
-  add("dense", plan_prefill(ctx, shape, dense{}));
-  add("vertical-slash", plan_prefill(ctx, shape, vertical_slash{{0, 5, 90}, {0, 1, 30, 60}}));
-  add("blocks", plan_prefill(ctx, shape, blocks.pattern));
-  add("row lists", plan_prefill(ctx, shape, lists.pattern));
-  add("splits", plan_decode(ctx, shape, dense{}, {.split_keys = 11}));
-  add("splits of row lists", plan_decode(ctx, shape, lists.pattern, {.split_keys = 7}));
-  return plans;
-}
+    .q_len = 100, .kv_len = 150, .q_heads = 6, .kv_heads = 2, .head_dim = 20, .v_dim = 13};
 
 TEST(determinism, the_bits_do_not_depend_on_the_number_of_threads_or_on_the_run) {
   const seed_trace trace;

@@ -27,6 +27,10 @@ using namespace test_support;  // NOLINT(google-build-using-namespace)
 
 constexpr index_t huge = std::numeric_limits<index_t>::max();
 
+float* floats(const stored_view& view) {
+  return const_cast<float*>(static_cast<const float*>(view.data));
+}
+
 // A valid call that a test then spoils.
 struct call {
   attention_plan plan;
@@ -39,7 +43,8 @@ struct call {
   call() : memory(4096, 1.0f), sequences(2, make_sequence()), s(sequences[0]) {
     // The other sequence lies behind the first, 2048 floats later.
     attention_sequence& other = sequences[1];
-    for (auto* view : {&other.q, &other.kv.k, &other.kv.v}) view->data += 2048;
+    other.q.data += 2048;
+    for (auto* view : {&other.kv.k, &other.kv.v}) view->data = floats(*view) + 2048;
     other.output.out.data += 2048;
     other.output.lse.data += 2048;
     options.sink_logits = sinks;
@@ -53,7 +58,7 @@ struct call {
     float* const x = memory.data();
     return {&plan,
             nhd<const float>(x, 6, 4, 8),
-            {nhd<const float>(x + 256, 10, 2, 8), nhd<const float>(x + 512, 10, 2, 6)},
+            kv(nhd(x + 256, 10, 2, 8), nhd(x + 512, 10, 2, 6)),
             {nhd(x + 1024, 6, 4, 6), nhd(x + 1536, 6, 4, 1)}};
   }
 };
@@ -96,7 +101,7 @@ const std::vector<error_case>& shape_errors() {
       {"null out", [](call& c) { c.s.output.out.data = nullptr; }, {"out", "null"}},
       {"misaligned q", [](call& c) { c.s.q.data = bytes_off(c.s.q.data, 2); }, {"q", "2 bytes"}},
       {"misaligned k",
-       [](call& c) { c.s.kv.k.data = bytes_off(c.s.kv.k.data, 1); },
+       [](call& c) { c.s.kv.k.data = bytes_off(floats(c.s.kv.k), 1); },
        {"k", "1 bytes"}},
       {"misaligned out",
        [](call& c) { c.s.output.out.data = const_cast<float*>(bytes_off(c.s.output.out.data, 3)); },
@@ -126,16 +131,16 @@ const std::vector<error_case>& shape_errors() {
        [](call& c) { c.s.output.out.data = const_cast<float*>(c.s.q.data) + 191; },
        {"out", "overlaps", "q"}},
       {"out over k",
-       [](call& c) { c.s.output.out.data = const_cast<float*>(c.s.kv.k.data) + 4; },
+       [](call& c) { c.s.output.out.data = floats(c.s.kv.k) + 4; },
        {"out", "overlaps", "k"}},
       {"out over v",
-       [](call& c) { c.s.output.out.data = const_cast<float*>(c.s.kv.v.data) + 119; },
+       [](call& c) { c.s.output.out.data = floats(c.s.kv.v) + 119; },
        {"out", "overlaps", "v"}},
       {"out over lse",
        [](call& c) { c.s.output.lse.data = c.s.output.out.data + 143; },
        {"out", "overlaps", "lse"}},
       {"lse over v",
-       [](call& c) { c.s.output.lse.data = const_cast<float*>(c.s.kv.v.data); },
+       [](call& c) { c.s.output.lse.data = floats(c.s.kv.v); },
        {"lse", "overlaps", "v"}},
       {"out over another sequence's out",
        [](call& c) { c.s.output.out = c.sequences[1].output.out; },
@@ -171,12 +176,12 @@ const std::vector<error_case>& unsupported_errors() {
       {"head_dim above 1024",
        [](call& c) {
          c.s.q = nhd<const float>(c.s.q.data, 6, 4, 1025);
-         c.s.kv.k = nhd<const float>(c.s.kv.k.data, 10, 2, 1025);
+         c.s.kv.k = nhd(floats(c.s.kv.k), 10, 2, 1025);
        },
        {"1025", "1024"}},
       {"v_dim above 1024",
        [](call& c) {
-         c.s.kv.v = nhd<const float>(c.s.kv.v.data, 10, 2, 2000);
+         c.s.kv.v = nhd(floats(c.s.kv.v), 10, 2, 2000);
          c.s.output.out = nhd(c.s.output.out.data, 6, 4, 2000);
        },
        {"2000", "1024"}},

@@ -189,4 +189,24 @@ inline sattn::domain random_domain(random_source& random, const sattn::attention
   return legal;
 }
 
+/// The tile kernel, the row kernel, and splits, each with masks.
+inline std::vector<std::pair<std::string, sattn::attention_plan>> every_kind_of_plan(
+    sattn::context& ctx, const sattn::attention_shape& shape) {
+  using namespace sattn;  // NOLINT(google-build-using-namespace)
+  random_source random;
+  std::vector<std::pair<std::string, attention_plan>> plans;
+  const auto add = [&](std::string name, attention_plan plan) {
+    plans.emplace_back(std::move(name), std::move(plan));
+  };
+  const auto lists = random_pattern(random, shape, pattern_kind::row_lists);
+  const auto blocks = random_pattern(random, shape, pattern_kind::block_mask, shape.q_heads);
+  add("dense", plan_prefill(ctx, shape, dense{}));
+  add("vertical-slash", plan_prefill(ctx, shape, vertical_slash{{0, 5, 90}, {0, 1, 30, 60}}));
+  add("blocks", plan_prefill(ctx, shape, blocks.pattern));
+  add("row lists", plan_prefill(ctx, shape, lists.pattern));
+  add("splits", plan_decode(ctx, shape, dense{}, {.split_keys = 11}));
+  add("splits of row lists", plan_decode(ctx, shape, lists.pattern, {.split_keys = 7}));
+  return plans;
+}
+
 }  // namespace test_support

@@ -174,11 +174,11 @@ struct attention_problem {
     v.fill_normal(random);
   }
 
-  sattn::kv_view<float> kv() const {
-    if (!v_is_k) return {k.view(), v.view()};
+  sattn::kv_view kv() const {
+    if (!v_is_k) return sattn::kv(k.view(), v.view());
     sattn::tensor_view<const float> part = k.view();
     part.dim = v_dim;
-    return {k.view(), part};
+    return sattn::kv(k.view(), part);
   }
   sattn::attention_options options() const {
     return {.scale = scale, .soft_cap = soft_cap, .sink_logits = sink_logits};
@@ -279,7 +279,7 @@ inline std::string name_of(const sattn::context& ctx) {
 using mask_function = std::function<bool(index_t, index_t, index_t)>;
 
 inline reference::result expected(const attention_problem& p, mask_function selected) {
-  const sattn::kv_view<float> kv = p.kv();
+  const sattn::kv_view kv = p.kv();
   // A sink of +infinity takes all the weight, which the oracle's arithmetic cannot express.
   std::vector<float> sinks = p.sink_logits;
   std::replace(sinks.begin(), sinks.end(), infinity, -infinity);
@@ -291,8 +291,8 @@ inline reference::result expected(const attention_problem& p, mask_function sele
       .head_dim = kv.k.dim,
       .v_dim = kv.v.dim,
       .q = p.q.strided(),
-      .k = {kv.k.data, kv.k.token_stride, kv.k.head_stride},
-      .v = {kv.v.data, kv.v.token_stride, kv.v.head_stride},
+      .k = p.k.strided(),
+      .v = p.v_is_k ? p.k.strided() : p.v.strided(),
       .scale = p.scale ? double{*p.scale} : 1 / std::sqrt(static_cast<double>(kv.k.dim)),
       .soft_cap = double{p.soft_cap},
       .sink_logits = sinks.empty() ? nullptr : sinks.data(),

@@ -13,55 +13,132 @@ namespace sattn {
 
 namespace detail {
 
+inline kv_packing packing_of(const attention_sequence& s, const kernel_table& kernels,
+                             const attention_options& options) {
+  if (s.plan->has_splits()) return {};
+  const index_t lane_blocks = s.plan->layout().single_rows ? 0 : tile_work(s).blocks();
+  return {s, lane_blocks, kernels, options.pack_bytes};
+}
+
 /// What one sequence brings to the common list of tasks.
 struct sequence_work {
   bool by_rows;
-  index_t tasks;
+  kv_packing packing;
   index_t merge_tasks = 0;
   std::size_t shared_bytes = 0;   // for all workers
   std::size_t scratch_bytes = 0;  // for each worker
 
-  explicit sequence_work(const attention_sequence& s) : by_rows(s.plan->layout().single_rows) {
+  sequence_work(const attention_sequence& s, const kernel_table& kernels,
+                const attention_options& options)
+      : by_rows(s.plan->layout().single_rows), packing(packing_of(s, kernels, options)) {
     if (by_rows) {
       const row_work work(s);
-      tasks = work.tasks(*s.plan);
       merge_tasks = work.merge_tasks(*s.plan);
       shared_bytes = work.shared_bytes(*s.plan);
       scratch_bytes = work.scratch_bytes();
     } else {
-      const tile_work work(s);
-      tasks = work.tasks();
-      scratch_bytes = work.scratch_bytes();
+      scratch_bytes = tile_work(s).scratch_bytes();
     }
   }
 };
 
-/// Where each sequence's tasks and shared states begin; lies at the front of the workspace.
+/// Some kv heads of one sequence: what runs together, and where its tasks and memory begin.
+struct sequence_part {
+  index_t sequence = 0;
+  key_range kv_heads = {};
+  index_t pack_task = 0;
+  index_t task = 0;
+  std::size_t packed_byte = 0;
+};
+
+/// Walks over the kv heads of all sequences in waves: parts whose packed keys and values fit into
+/// the memory for them at the same time.
+class wave_walk {
+ public:
+  wave_walk(std::span<const attention_sequence> sequences, const kernel_table& kernels,
+            const attention_options& options)
+      : sequences_(sequences), kernels_(kernels), options_(options) {}
+
+  /// Calls f(part, work) for the parts of the next wave; false when none is left.
+  template <class F>
+  bool next(F&& f) {
+    if (sequence_ == std::ssize(sequences_)) return false;
+    std::size_t used = 0;
+    for (; sequence_ < std::ssize(sequences_); ++sequence_, kv_head_ = 0) {
+      const attention_sequence& s = sequences_[static_cast<std::size_t>(sequence_)];
+      const sequence_work work(s, kernels_, options_);
+      const index_t heads = s.plan->shape().kv_heads;
+      const std::size_t each = work.packing.head_bytes();
+      index_t fit = heads - kv_head_;
+      if (each > 0) {
+        fit = std::min(fit, static_cast<index_t>((options_.pack_bytes - used) / each));
+      }
+      if (fit > 0) {
+        f(sequence_part{sequence_,
+                        {static_cast<token_t>(kv_head_), static_cast<token_t>(kv_head_ + fit)},
+                        0, 0, used},
+          work);
+      }
+      used += each * static_cast<std::size_t>(fit);
+      if (kv_head_ + fit < heads) {
+        kv_head_ += fit;
+        return true;
+      }
+    }
+    return true;
+  }
+
+ private:
+  std::span<const attention_sequence> sequences_;
+  const kernel_table& kernels_;
+  const attention_options& options_;
+  index_t sequence_ = 0;
+  index_t kv_head_ = 0;
+};
+
+/// Where the results of a sequence's splits begin.
 struct sequence_start {
-  index_t task;
   index_t merge_task;
   std::size_t shared_byte;
 };
 
 struct workspace_layout {
   std::size_t starts_bytes;
+  std::size_t parts_bytes;
   std::size_t shared_bytes = 0;
+  std::size_t packed_bytes = 0;
   std::size_t scratch_bytes = 0;  // of one worker
   index_t workers;
 
-  workspace_layout(std::span<const attention_sequence> sequences, index_t concurrency)
+  workspace_layout(std::span<const attention_sequence> sequences, const context& ctx,
+                   const attention_options& options)
       : starts_bytes(padded((sequences.size() + 1) * sizeof(sequence_start))),
-        workers(concurrency) {
-    for (const attention_sequence& s : sequences) {
-      const sequence_work work(s);
-      shared_bytes += work.shared_bytes;
+        parts_bytes(padded((sequences.size() + 1) * sizeof(sequence_part))),
+        workers(ctx.executor().concurrency()) {
+    wave_walk waves(sequences, ctx.kernel_table(), options);
+    const auto add = [&](const sequence_part& part, const sequence_work& work) {
+      packed_bytes = std::max(packed_bytes,
+                              part.packed_byte + work.packing.head_bytes() *
+                                                     static_cast<std::size_t>(part.kv_heads.size()));
       scratch_bytes = std::max(scratch_bytes, work.scratch_bytes);
+      if (part.kv_heads.begin == 0) shared_bytes += work.shared_bytes;
+    };
+    while (waves.next(add)) {
     }
   }
   std::size_t total() const {
-    return starts_bytes + shared_bytes + scratch_bytes * static_cast<std::size_t>(workers);
+    return starts_bytes + parts_bytes + shared_bytes + packed_bytes +
+           scratch_bytes * static_cast<std::size_t>(workers);
   }
 };
+
+/// The element of a list sorted by `begin` that holds a task.
+template <class T>
+const T& holder_of(index_t task, std::span<const T> list, index_t T::*begin) {
+  return *(std::upper_bound(list.begin(), list.end(), task,
+                            [&](index_t t, const T& item) { return t < item.*begin; }) -
+           1);
+}
 
 }  // namespace detail
 
@@ -72,12 +149,12 @@ inline std::size_t workspace_bytes(const context& ctx,
                                    const attention_options& options = {}) {
   detail::check_options(options);
   for (const attention_sequence& s : sequences) detail::check_sequence(s, options);
-  return detail::workspace_layout(sequences, ctx.executor().concurrency()).total();
+  return detail::workspace_layout(sequences, ctx, options).total();
 }
 
 /// The same for one sequence.
 inline std::size_t workspace_bytes(const context& ctx, const attention_plan& plan,
-                                   const tensor_view<const float>& q, const kv_view<float>& kv,
+                                   const tensor_view<const float>& q, const kv_view& kv,
                                    const attention_output& output,
                                    const attention_options& options = {}) {
   const attention_sequence sequence{&plan, q, kv, output};
@@ -107,52 +184,89 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
   for (const attention_sequence& s : sequences) detail::check_sequence(s, options);
   detail::check_aliasing(sequences);
 
-  const detail::workspace_layout layout(sequences, ctx.executor().concurrency());
-  const std::span<std::byte> memory = ctx.workspace(layout.total());
-  auto* const starts = reinterpret_cast<detail::sequence_start*>(memory.data());
-  std::byte* const shared = memory.data() + layout.starts_bytes;
-  std::byte* const scratch = shared + layout.shared_bytes;
-  starts[0] = {0, 0, 0};
-  for (std::size_t i = 0; i < sequences.size(); ++i) {
-    const detail::sequence_work work(sequences[i]);
-    starts[i + 1] = {starts[i].task + work.tasks, starts[i].merge_task + work.merge_tasks,
-                     starts[i].shared_byte + work.shared_bytes};
-  }
-  const detail::sequence_start& end = starts[sequences.size()];
-  const auto sequence_of = [&](index_t task, index_t detail::sequence_start::* member) {
-    const detail::sequence_start* const after = std::upper_bound(
-        starts, starts + sequences.size(), task,
-        [&](index_t t, const detail::sequence_start& start) { return t < start.*member; });
-    return static_cast<std::size_t>(after - starts - 1);
-  };
+  const detail::workspace_layout layout(sequences, ctx, options);
+  std::byte* const memory = ctx.workspace(layout.total()).data();
+  auto* const starts = reinterpret_cast<detail::sequence_start*>(memory);
+  auto* const parts = reinterpret_cast<detail::sequence_part*>(memory + layout.starts_bytes);
+  std::byte* const shared = memory + layout.starts_bytes + layout.parts_bytes;
+  std::byte* const packed = shared + layout.shared_bytes;
+  std::byte* const scratch = packed + layout.packed_bytes;
   const kernel_table& kernels = ctx.kernel_table();
 
-  ctx.executor().parallel_for(end.task, [&](index_t task, index_t worker) {
-    const std::size_t i = sequence_of(task, &detail::sequence_start::task);
-    const attention_sequence& s = sequences[i];
-    const detail::logit_options logits(options, s.q.dim);
-    const detail::scratch_arena arena(
-        {scratch + static_cast<std::size_t>(worker) * layout.scratch_bytes, layout.scratch_bytes});
-    if (s.plan->layout().single_rows) {
-      detail::run_rows(s, detail::row_work(s), logits, kernels, task - starts[i].task,
-                       reinterpret_cast<float*>(shared + starts[i].shared_byte), arena);
-    } else {
-      detail::run_tile(s, detail::tile_work(s), logits, kernels, task - starts[i].task, arena);
-    }
-  });
-  if (end.merge_task == 0) return;
-  ctx.executor().parallel_for(end.merge_task, [&](index_t task, index_t) {
-    const std::size_t i = sequence_of(task, &detail::sequence_start::merge_task);
-    const attention_sequence& s = sequences[i];
+  starts[0] = {0, 0};
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    const detail::sequence_work work(sequences[i], kernels, options);
+    starts[i + 1] = {starts[i].merge_task + work.merge_tasks,
+                     starts[i].shared_byte + work.shared_bytes};
+  }
+
+  detail::wave_walk waves(sequences, kernels, options);
+  for (;;) {
+    std::size_t count = 0;
+    detail::sequence_part next;
+    const bool more = waves.next([&](detail::sequence_part part,
+                                     const detail::sequence_work& work) {
+      const attention_sequence& s = sequences[static_cast<std::size_t>(part.sequence)];
+      part.pack_task = next.pack_task;
+      part.task = next.task;
+      next.pack_task += part.kv_heads.size() * work.packing.blocks();
+      next.task += work.by_rows ? detail::row_work(s).tasks(*s.plan, part.kv_heads)
+                                : detail::tile_work(s).tasks(part.kv_heads);
+      parts[count++] = part;
+    });
+    if (!more) break;
+    const std::span<const detail::sequence_part> wave(parts, count);
+    const auto head_memory = [&](const detail::sequence_part& part,
+                                 const detail::kv_packing& packing, index_t kv_head) {
+      return packed + part.packed_byte +
+             static_cast<std::size_t>(kv_head - part.kv_heads.begin) * packing.head_bytes();
+    };
+
+    ctx.executor().parallel_for(next.pack_task, [&](index_t task, index_t) {
+      const auto& part = detail::holder_of(task, wave, &detail::sequence_part::pack_task);
+      const attention_sequence& s = sequences[static_cast<std::size_t>(part.sequence)];
+      const detail::kv_packing packing = detail::packing_of(s, kernels, options);
+      const index_t kv_head = part.kv_heads.begin + (task - part.pack_task) / packing.blocks();
+      packing.pack_block(s.kv, kv_head, (task - part.pack_task) % packing.blocks(), kernels,
+                         head_memory(part, packing, kv_head));
+    });
+
+    ctx.executor().parallel_for(next.task, [&](index_t task, index_t worker) {
+      const auto& part = detail::holder_of(task, wave, &detail::sequence_part::task);
+      const auto i = static_cast<std::size_t>(part.sequence);
+      const attention_sequence& s = sequences[i];
+      const detail::logit_options logits(options, s.q.dim);
+      const detail::scratch_arena arena(
+          {scratch + static_cast<std::size_t>(worker) * layout.scratch_bytes,
+           layout.scratch_bytes});
+      const detail::kv_packing packing = detail::packing_of(s, kernels, options);
+      const auto rows_of = [&](index_t kv_head) {
+        return packing.rows(s.kv, kv_head, head_memory(part, packing, kv_head));
+      };
+      if (s.plan->layout().single_rows) {
+        detail::run_rows(s, detail::row_work(s), part.kv_heads, rows_of, logits, kernels,
+                         task - part.task, reinterpret_cast<float*>(shared + starts[i].shared_byte),
+                         arena);
+      } else {
+        detail::run_tile(s, detail::tile_work(s), part.kv_heads, rows_of, logits, kernels,
+                         task - part.task, arena);
+      }
+    });
+  }
+
+  const std::span<const detail::sequence_start> all(starts, sequences.size() + 1);
+  ctx.executor().parallel_for(starts[sequences.size()].merge_task, [&](index_t task, index_t) {
+    const auto& start = detail::holder_of(task, all, &detail::sequence_start::merge_task);
+    const attention_sequence& s = sequences[static_cast<std::size_t>(&start - starts)];
     detail::merge_rows(s, detail::row_work(s), detail::logit_options(options, s.q.dim), kernels,
-                       task - starts[i].merge_task,
-                       reinterpret_cast<const float*>(shared + starts[i].shared_byte));
+                       task - start.merge_task,
+                       reinterpret_cast<const float*>(shared + start.shared_byte));
   });
 }
 
 /// The same for one sequence.
 inline void attend(context& ctx, const attention_plan& plan, const tensor_view<const float>& q,
-                   const kv_view<float>& kv, const attention_output& output,
+                   const kv_view& kv, const attention_output& output,
                    const attention_options& options = {}) {
   const attention_sequence sequence{&plan, q, kv, output};
   attend(ctx, std::span(&sequence, 1), options);

@@ -27,7 +27,7 @@ struct decode_options {
 /// The shape of attention over q [q_len, q_heads, head_dim] and k, v [kv_len, kv_heads, dim]; set
 /// q_offset of the result where the default does not fit. By default the last query stands at the last key.
 /// Throws: shape_error if q_heads is not a multiple of the kv heads.
-inline attention_shape shape_of(const tensor_view<const float>& q, const kv_view<float>& kv) {
+inline attention_shape shape_of(const tensor_view<const float>& q, const kv_view& kv) {
   const attention_shape shape{q.tokens, kv.k.tokens, q.heads, kv.k.heads,
                               static_cast<token_t>(kv.k.tokens - q.tokens)};
   check_shape(shape, {});

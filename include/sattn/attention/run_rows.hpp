@@ -20,24 +20,29 @@ struct row_work {
   index_t lists;
   index_t tiles;
   index_t queries;  // rows x heads of one tile, at most
+  index_t lists_per_kv_head;
+  std::size_t keys_bytes;
   index_t split_count = 0;  // over all lists and tiles
 
   explicit row_work(const attention_sequence& s)
       : head_dim(s.q.dim), v_dim(s.kv.v.dim), sharing(s.plan->sharing_heads()),
         lists(sharing == 0 ? 0 : s.plan->shape().q_heads / sharing), tiles(s.plan->tiles()),
-        queries(std::min<index_t>(s.plan->grid().rows, s.plan->shape().q_len) * sharing) {
+        queries(std::min<index_t>(s.plan->grid().rows, s.plan->shape().q_len) * sharing),
+        lists_per_kv_head(sharing == 0 ? 0 : s.plan->shape().group_size() / sharing),
+        keys_bytes(key_scratch::bytes(s)) {
     for (index_t list = 0; list < lists; ++list) {
       for (index_t tile = 0; s.plan->has_splits() && tile < tiles; ++tile) {
         split_count += s.plan->splits(s.plan->head_of(list * sharing), tile);
       }
     }
-    if (!s.plan->has_splits()) split_count = lists * tiles;
   }
 
   // Without splits a task merges its own states, and takes several tiles to be worth its while.
   static constexpr index_t tiles_per_task = 16;
-  index_t tasks(const attention_plan& plan) const {
-    return plan.has_splits() ? split_count : lists * ceil_div(tiles, tiles_per_task);
+  index_t tasks(const attention_plan& plan, key_range kv_heads) const {
+    return plan.has_splits()
+               ? split_count
+               : kv_heads.size() * lists_per_kv_head * ceil_div(tiles, tiles_per_task);
   }
   index_t merge_tasks(const attention_plan& plan) const {
     return plan.has_splits() ? lists * tiles : 0;
@@ -50,7 +55,7 @@ struct row_work {
                              : 0;
   }
   std::size_t scratch_bytes() const {
-    return key_scratch::bytes() + padded(static_cast<std::size_t>(queries)) +
+    return keys_bytes + padded(static_cast<std::size_t>(queries)) +
            static_cast<std::size_t>(4 * chunk_keys) * sizeof(float) +
            padded(static_cast<std::size_t>(queries * row_out_floats(head_dim)) * sizeof(float)) +
            padded(static_cast<std::size_t>(tile_state_floats()) * sizeof(float));
@@ -59,15 +64,16 @@ struct row_work {
 
 /// All keys of one split for the rows of a tile and the heads of a list, into `states`.
 inline void run_row_split(const attention_sequence& s, const row_work& work,
-                          const logit_options& logits, const kernel_table& kernels, index_t list,
-                          index_t tile, index_t split, float* states, scratch_arena scratch) {
+                          const kv_rows& kv, const logit_options& logits,
+                          const kernel_table& kernels, index_t list, index_t tile, index_t split,
+                          float* states, scratch_arena scratch) {
   const attention_plan& plan = *s.plan;
   const index_t first_head = list * work.sharing;
   const index_t plan_head = plan.head_of(first_head);
   const key_range rows = plan.grid().row_range(tile, plan.shape().q_len);
   const index_t queries = rows.size() * work.sharing;
 
-  key_scratch& keys = *scratch.take<key_scratch>(1);
+  key_scratch& keys = key_scratch::take(scratch, s);
   std::uint8_t* const mask_bit = scratch.take<std::uint8_t>(queries);
   float* const scores = scratch.take<float>(4 * chunk_keys);
   const index_t q_stride = row_out_floats(work.head_dim);
@@ -91,7 +97,7 @@ inline void run_row_split(const attention_sequence& s, const row_work& work,
   while (cursor.next(keys.chunk)) {
     const key_chunk::sub_tile& part = keys.chunk.sub[0];
     if (part.begin == part.end) continue;
-    keys.locate_rows(s.kv, first_head / plan.shape().group_size());
+    keys.locate_rows(kv, kernels);
     kernels.attend_rows({
         .q = q,
         .queries = queries,
@@ -153,24 +159,29 @@ struct row_task {
   }
 };
 
-/// One task of the row kernel; `shared` holds the states of a sequence whose plan has splits.
-inline void run_rows(const attention_sequence& s, const row_work& work,
-                     const logit_options& logits, const kernel_table& kernels, index_t task,
-                     float* shared, scratch_arena scratch) {
+/// One task of the row kernel for the kv heads [kv_heads.begin, kv_heads.end), all of them where the
+/// plan has splits; `shared` holds the states of such a sequence. `rows_of(kv_head)` is where the
+/// rows are.
+template <class RowsOf>
+void run_rows(const attention_sequence& s, const row_work& work, key_range kv_heads,
+              const RowsOf& rows_of, const logit_options& logits, const kernel_table& kernels,
+              index_t task, float* shared, scratch_arena scratch) {
   const attention_plan& plan = *s.plan;
   if (plan.has_splits()) {
     const row_task at(plan, work, task);
-    run_row_split(s, work, logits, kernels, at.list, at.tile, at.split,
-                  shared + task * work.tile_state_floats(), scratch);
+    run_row_split(s, work, rows_of(at.list / work.lists_per_kv_head), logits, kernels, at.list,
+                  at.tile, at.split, shared + task * work.tile_state_floats(), scratch);
     return;
   }
   float* const states = scratch.take<float>(work.tile_state_floats());
   const index_t groups = ceil_div(work.tiles, row_work::tiles_per_task);
-  const index_t list = task % work.lists;
-  const index_t group = groups - 1 - task / work.lists;  // the last rows have the most keys
+  const index_t lists = kv_heads.size() * work.lists_per_kv_head;
+  const index_t list = kv_heads.begin * work.lists_per_kv_head + task % lists;
+  const index_t group = groups - 1 - task / lists;  // the last rows have the most keys
+  const kv_rows kv = rows_of(list / work.lists_per_kv_head);
   const index_t end = std::min((group + 1) * row_work::tiles_per_task, work.tiles);
   for (index_t tile = group * row_work::tiles_per_task; tile < end; ++tile) {
-    run_row_split(s, work, logits, kernels, list, tile, 0, states, scratch);
+    run_row_split(s, work, kv, logits, kernels, list, tile, 0, states, scratch);
     merge_row_splits(s, work, logits, kernels, list, tile, 1, states);
   }
 }

@@ -23,26 +23,30 @@ struct tile_work {
   index_t blocks_per_tile; // lane blocks of 16 rows along the tile
   index_t heads_per_task;  // a multiple of lanes.heads, or all
   index_t tasks_per_list;
-  index_t lists;           // kv heads, or query heads where each has a list of its own
+  index_t lists_per_kv_head;  // 1, or the group where each query head has a list of its own
   index_t tiles;
+  std::size_t keys_bytes;
 
   explicit tile_work(const attention_sequence& s)
       : head_dim(s.q.dim), v_dim(s.kv.v.dim), lanes(s.plan->layout()),
         sharing(s.plan->sharing_heads()),
         blocks_per_tile(ceil_div(s.plan->grid().rows, sub_tile_rows)),
-        lists(sharing == 0 ? 0 : s.plan->shape().q_heads / sharing), tiles(s.plan->tiles()) {
+        lists_per_kv_head(sharing == 0 ? 0 : s.plan->shape().group_size() / sharing),
+        tiles(s.plan->tiles()), keys_bytes(key_scratch::bytes(s)) {
     const index_t block_bytes = lane_block_floats(head_dim, v_dim) * index_t{sizeof(float)};
     const index_t fit = std::max<index_t>(1, cached_bytes / (block_bytes * blocks_per_tile));
     heads_per_task = std::min(sharing, fit * lanes.heads);
     tasks_per_list = sharing == 0 ? 0 : ceil_div(sharing, heads_per_task);
   }
 
-  index_t tasks() const { return tiles * lists * tasks_per_list; }
+  index_t tasks(key_range kv_heads) const {
+    return tiles * kv_heads.size() * lists_per_kv_head * tasks_per_list;
+  }
   index_t blocks() const {
     return ceil_div(heads_per_task, lanes.heads) * blocks_per_tile;
   }
   std::size_t scratch_bytes() const {
-    return key_scratch::bytes() +
+    return keys_bytes +
            static_cast<std::size_t>(chunk_keys * tile_lanes +
                                     blocks() * lane_block_floats(head_dim, v_dim)) *
                sizeof(float);
@@ -62,23 +66,27 @@ void for_each_lane(const tile_work& work, index_t block, index_t rows, index_t h
   }
 }
 
-/// One tile, one kv head, some of its query heads: all their keys, then the rows of the output.
-inline void run_tile(const attention_sequence& s, const tile_work& work,
-                     const logit_options& logits, const kernel_table& kernels, index_t task,
-                     scratch_arena scratch) {
+/// One tile, one of the kv heads [kv_heads.begin, kv_heads.end), some of its query heads: all their
+/// keys, then the rows of the output. `rows_of(kv_head)` is where the rows are.
+template <class RowsOf>
+void run_tile(const attention_sequence& s, const tile_work& work, key_range kv_heads,
+              const RowsOf& rows_of, const logit_options& logits, const kernel_table& kernels,
+              index_t task, scratch_arena scratch) {
   const attention_plan& plan = *s.plan;
   // The last tiles have the most keys under a causal domain, so they go first.
-  const index_t tile = work.tiles - 1 - task / (work.lists * work.tasks_per_list);
-  const index_t list = task / work.tasks_per_list % work.lists;
+  const index_t lists = kv_heads.size() * work.lists_per_kv_head;
+  const index_t tile = work.tiles - 1 - task / (lists * work.tasks_per_list);
+  const index_t list =
+      kv_heads.begin * work.lists_per_kv_head + task / work.tasks_per_list % lists;
   const index_t first_head =
       list * work.sharing + task % work.tasks_per_list * work.heads_per_task;
   const index_t heads =
       std::min(work.heads_per_task, (list + 1) * work.sharing - first_head);
   const key_range tile_rows = plan.grid().row_range(tile, plan.shape().q_len);
   const index_t rows = tile_rows.size();
-  const index_t kv_head = first_head / plan.shape().group_size();
+  const kv_rows kv = rows_of(first_head / plan.shape().group_size());
 
-  key_scratch& keys = *scratch.take<key_scratch>(1);
+  key_scratch& keys = key_scratch::take(scratch, s);
   float* const scores = scratch.take<float>(chunk_keys * tile_lanes);
   const index_t block_floats = lane_block_floats(work.head_dim, work.v_dim);
   const index_t blocks = ceil_div(heads, work.lanes.heads) * work.blocks_per_tile;
@@ -97,8 +105,8 @@ inline void run_tile(const attention_sequence& s, const tile_work& work,
   tile_cursor cursor(plan, plan.head_of(first_head), tile, work.lanes.rows,
                      {0, static_cast<token_t>(plan.shape().kv_len)});
   while (cursor.next(keys.chunk)) {
-    keys.locate_rows(s.kv, kv_head);
-    bool prefetch = true;  // the first block to touch the chunk brings it in
+    keys.locate_rows(kv, kernels);
+    bool first = true;  // the first block to touch the chunk brings it in
     for (index_t b = 0; b < blocks; ++b) {
       const index_t sub = b % work.blocks_per_tile;
       if (sub >= row_blocks) continue;
@@ -107,6 +115,7 @@ inline void run_tile(const attention_sequence& s, const tile_work& work,
       kernels.attend_tile({
           .k_rows = keys.k_rows.data() + part.begin,
           .v_rows = keys.v_rows.data() + part.begin,
+          .v_panel = kv.v_panel,
           .count = part.end - part.begin,
           .masks = part.masked
                        ? keys.chunk.masks[static_cast<std::size_t>(sub)].data() + part.begin
@@ -114,11 +123,11 @@ inline void run_tile(const attention_sequence& s, const tile_work& work,
           .head_dim = work.head_dim,
           .v_dim = work.v_dim,
           .soft_cap = logits.soft_cap,
-          .prefetch = prefetch,
+          .prefetch_values = first,
           .block = state + b * block_floats,
           .scores = scores,
       });
-      prefetch = false;
+      first = false;
     }
   }
 

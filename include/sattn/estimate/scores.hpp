@@ -129,13 +129,14 @@ class logit_tile {
         k_rows[i] = k.row(key + std::min(i, count - 1), kv_head);
       }
       kernels_.score_tile({.k_rows = k_rows,
-                           .v_rows = k_rows,
+                           .v_rows = nullptr,
+                           .v_panel = 0,
                            .count = count,
                            .masks = nullptr,
                            .head_dim = head_dim_,
                            .v_dim = 0,
                            .soft_cap = soft_cap_,
-                           .prefetch = false,
+                           .prefetch_values = false,
                            .block = block,
                            .scores = scores});
       for (index_t r = 0; r < rows; ++r) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/core/dtype.hpp>
 #include <sattn/core/types.hpp>
 
 #include <cstdint>
@@ -28,17 +29,40 @@ struct pack_args {
   float* block;  // set to the packed queries and the empty state
 };
 
+// Packed values: for every value_block_keys keys one block of panels of a few columns, in which the
+// keys follow each other. A panel has the width of the register tile that reads it; the columns are
+// split as that kernel splits them. A pass over the keys then reads memory in order, where rows in
+// place would meet again and again in a few sets of the first-level cache.
+inline constexpr index_t value_block_keys = 128;
+inline constexpr index_t value_panel_slack = 16;  // floats behind a panel, for stores of full width
+constexpr index_t value_panel_floats(index_t panel_cols) {
+  return value_block_keys * panel_cols + value_panel_slack;
+}
+constexpr index_t value_block_floats(index_t v_dim, index_t panel_cols) {
+  return (v_dim + panel_cols - 1) / panel_cols * value_panel_floats(panel_cols);
+}
+
 struct tile_args {
   const float* const* k_rows;  // [count + prefetch_rows]; the extra ones are only prefetched
-  const float* const* v_rows;  // [count]
+  const float* const* v_rows;  // [count]; of packed values, the key's place in its first panel
+  index_t v_panel;             // floats from a panel of packed values to the next; 0 = rows in place
   index_t count;               // 1 .. chunk_keys
   const std::uint16_t* masks;  // [count], bit = lane that attends to the key; null = all lanes
   index_t head_dim;
   index_t v_dim;
   float soft_cap;  // 0 = off; otherwise the queries are packed with scale / soft_cap
-  bool prefetch;   // the rows may be far away
+  bool prefetch_values;  // they may be far away
   float* block;
   float* scores;  // [chunk_keys][16], scratch
+};
+
+/// Rows of K or V as they are stored, to be widened to f32.
+struct load_rows_args {
+  const void* const* rows;  // [count] of type `type`, any alignment that it allows
+  dtype type;
+  index_t count;
+  index_t dim;
+  float* out;  // [count][dim], or packed values: the first row's place in its first panel
 };
 
 struct finish_args {

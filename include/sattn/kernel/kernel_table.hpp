@@ -12,6 +12,11 @@ struct kernel_table {
   const char* name;
   bool (*cpu_supports)();
 
+  // K and V in the form that the other kernels read.
+  index_t panel_cols;  // columns of a panel of packed values
+  void (*load_rows)(const load_rows_args&) noexcept;
+  void (*load_values)(const load_rows_args&) noexcept;  // up to the end of one block of keys
+
   // Prefill: 16 query lanes against chunks of keys.
   void (*pack_queries)(const pack_args&) noexcept;
   void (*attend_tile)(const tile_args&) noexcept;   // scores, online softmax, values

@@ -3,6 +3,7 @@
 
 #include <sattn/kernel/decode_rows.hpp>
 #include <sattn/kernel/kernel_table.hpp>
+#include <sattn/kernel/load_rows.hpp>
 #include <sattn/kernel/prefill_tile.hpp>
 #include <sattn/kernel/softmax.hpp>
 #include <sattn/simd/cpu.hpp>
@@ -15,6 +16,9 @@ const kernel_table& kernels() {
   static constexpr kernel_table table = {
       Arch::name,
       &simd::cpu_supports<Arch>,
+      kernel::tile_rows<Arch>,
+      &kernel::load_rows<Arch>,
+      &kernel::load_values<Arch>,
       &kernel::pack_queries<Arch>,
       &kernel::attend_tile<Arch>,
       &kernel::score_tile<Arch>,

@@ -60,14 +60,35 @@ SATTN_NOINLINE void pack_queries(const pack_args& args) noexcept {
   }
 }
 
-template <class Arch, bool Masked, bool Prefetch>
+/// Asks for the values of a tile of keys while their scores are computed.
+template <class Arch, int Rows>
+SATTN_ALWAYS_INLINE void prefetch_values(const tile_args& args, index_t key) {
+  constexpr index_t line = 16;  // floats
+  const float* const* const rows = args.v_rows + key;
+  if (args.v_panel == 0) {
+    for (index_t i = 0; i < args.v_dim; i += line) {
+      simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch(rows[r] + i); });
+    }
+    return;
+  }
+  // Neighbours in a panel share lines: its first and its last key stand for all of a run.
+  constexpr index_t cols = tile_rows<Arch>;
+  const float* first = rows[0];
+  const float* last = rows[Rows - 1] + cols - 1;
+  for (index_t i = 0; i < args.v_dim; i += cols) {
+    simd::prefetch(first);
+    simd::prefetch(last);
+    first += args.v_panel;
+    last += args.v_panel;
+  }
+}
+
+template <class Arch, bool Masked>
 SATTN_ALWAYS_INLINE void qk_chunk(const tile_args& args, const float* q, float* maxima) {
   for_each_tile<tile_rows<Arch>>(args.count, [&](auto rows, index_t key) SATTN_INLINE_LAMBDA {
-    constexpr bool ahead = Prefetch && rows >= tile_rows<Arch> - 1;
-    qk_tile<Arch, rows, Masked, ahead>(args.k_rows + key, args.v_rows + key,
-                                          Masked ? args.masks + key : nullptr, args.head_dim,
-                                        args.v_dim, q,
-                                          args.scores + key * tile_lanes, maxima);
+    if (args.prefetch_values) prefetch_values<Arch, rows>(args, key);
+    qk_tile<Arch, rows, Masked>(args.k_rows + key, Masked ? args.masks + key : nullptr,
+                                args.head_dim, q, args.scores + key * tile_lanes, maxima);
   });
 }
 
@@ -100,11 +121,9 @@ SATTN_ALWAYS_INLINE void chunk_scores(const tile_args& args, const float* q, flo
   }
   const bool masked = args.masks != nullptr && args.soft_cap == 0.0f;
   if (masked) {
-    args.prefetch ? qk_chunk<Arch, true, true>(args, q, maxima)
-                  : qk_chunk<Arch, true, false>(args, q, maxima);
+    qk_chunk<Arch, true>(args, q, maxima);
   } else {
-    args.prefetch ? qk_chunk<Arch, false, true>(args, q, maxima)
-                  : qk_chunk<Arch, false, false>(args, q, maxima);
+    qk_chunk<Arch, false>(args, q, maxima);
   }
   if (args.soft_cap != 0.0f) cap_chunk<Arch>(args, maxima);
 }
@@ -160,8 +179,10 @@ SATTN_NOINLINE void attend_tile(const tile_args& args) noexcept {
   alignas(64) float rescale[tile_lanes];
   chunk_scores<Arch>(args, block.q, maxima);
   softmax_chunk<Arch>(args.scores, args.count, maxima, block.row_max, block.row_sum, rescale);
+  index_t panel = 0;
   for_each_tile<tile_rows<Arch>>(args.v_dim, [&](auto cols, index_t col) SATTN_INLINE_LAMBDA {
-    pv_tile<Arch, cols>(args.v_rows, col, args.count, args.scores, rescale,
+    const index_t offset = args.v_panel == 0 ? col : panel++ * args.v_panel;
+    pv_tile<Arch, cols>(args.v_rows, offset, args.count, args.scores, rescale,
                         block.out + col * tile_lanes);
   });
 }

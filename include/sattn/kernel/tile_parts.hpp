@@ -43,12 +43,12 @@ SATTN_ALWAYS_INLINE void for_each_tile(index_t count, F&& f) {
 }
 
 /// Scores of Rows keys against 16 query lanes, masked lanes -inf, and the running row maxima.
-/// k_rows[0 .. Rows) in place; k_rows[Rows .. 2 Rows) and v_rows[0 .. Rows) only prefetched.
-template <class Arch, int Rows, bool Masked, bool Prefetch>
-SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_rows,
-                            const std::uint16_t* masks, index_t head_dim, index_t v_dim,
-                            const float* q,
-                            float* SATTN_RESTRICT scores, float* SATTN_RESTRICT maxima) noexcept {
+/// k_rows[0 .. Rows) in place; k_rows[Rows .. 2 Rows) are only prefetched, which pays even from the
+/// second-level cache: no hardware prefetcher follows six short streams.
+template <class Arch, int Rows, bool Masked>
+SATTN_NOINLINE void qk_tile(const float* const* k_rows, const std::uint16_t* masks,
+                            index_t head_dim, const float* q, float* SATTN_RESTRICT scores,
+                            float* SATTN_RESTRICT maxima) noexcept {
   using V = simd::vec<Arch>;
   constexpr int width = V::width;
   constexpr int vecs = lane_vecs<Arch>;
@@ -76,11 +76,9 @@ SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_ro
   index_t i = 0;
   SATTN_NO_UNROLL
   for (; i + depth_step <= head_dim; i += depth_step) {
-    if constexpr (Prefetch) {
-      simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA {
-        simd::prefetch(k_rows[Rows + r] + i);
-        if (i < v_dim) simd::prefetch(v_rows[r] + i);
-      });
+    if constexpr (depth_step == 16) {
+      simd::unroll<Rows>(
+          [&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch(k_rows[Rows + r] + i); });
     }
     simd::unroll<depth_step>([&](auto u) SATTN_INLINE_LAMBDA { depth(i + u); });
   }
@@ -101,10 +99,11 @@ SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_ro
   });
 }
 
-/// out [Cols][16] = out * rescale + sum over keys of value column x probability lane.
-/// The rescale rides on the load of the accumulators, so no key is special.
+/// out [Cols][16] = out * rescale + sum over keys of value column x probability lane; the columns
+/// begin `offset` floats behind v_rows. The rescale rides on the load of the accumulators, so no
+/// key is special.
 template <class Arch, int Cols>
-SATTN_NOINLINE void pv_tile(const float* const* v_rows, index_t first_col, index_t count,
+SATTN_NOINLINE void pv_tile(const float* const* v_rows, index_t offset, index_t count,
                             const float* probabilities, const float* rescale,
                             float* SATTN_RESTRICT out) noexcept {
   using V = simd::vec<Arch>;
@@ -120,7 +119,7 @@ SATTN_NOINLINE void pv_tile(const float* const* v_rows, index_t first_col, index
     });
   });
   const auto one_key = [&](index_t key) SATTN_INLINE_LAMBDA {
-    const float* v = v_rows[key] + first_col;
+    const float* v = v_rows[key] + offset;
     V p[vecs];
     simd::unroll<vecs>([&](auto c) SATTN_INLINE_LAMBDA {
       p[c] = V::load_aligned(probabilities + key * tile_lanes + c * width);

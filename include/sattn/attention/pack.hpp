@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/attention/checks.hpp>
+#include <sattn/core/aligned_buffer.hpp>
+#include <sattn/core/math.hpp>
+#include <sattn/kernel/kernel_table.hpp>
+#include <sattn/kv/contiguous.hpp>
+
+#include <algorithm>
+#include <cstddef>
+
+namespace sattn::detail {
+
+constexpr std::size_t padded(std::size_t bytes) {
+  return static_cast<std::size_t>(round_up(static_cast<index_t>(bytes), cache_line));
+}
+
+/// How the rows of one kv head are reached.
+struct kv_rows {
+  stored_view k, v;
+  index_t kv_head;
+
+  // f32 rows in place or packed; null: a chunk's rows are widened when the chunk comes up.
+  const float* k_data = nullptr;
+  index_t k_stride = 0;
+  const float* v_data = nullptr;
+  index_t v_stride = 0;
+  index_t v_panel = 0;  // floats between panels of packed values; 0 = rows
+  index_t v_block = 0;  // floats between their blocks of keys
+
+  const float* k_row(token_t key) const { return k_data + key * k_stride; }
+  const float* v_row(token_t key) const {
+    if (v_panel == 0) return v_data + key * v_stride;
+    return v_data + key / value_block_keys * v_block + key % value_block_keys * v_stride;
+  }
+};
+
+/// What is copied of every kv head of a sequence before its queries run, and how much memory that
+/// takes. Copies pay where each key meets many query rows; the numbers are in docs/dead_ends.md.
+class kv_packing {
+ public:
+  kv_packing() = default;
+  /// `lane_blocks` take each chunk of keys together; 0 where the row kernel runs.
+  kv_packing(const attention_sequence& s, index_t lane_blocks, const kernel_table& kernels,
+             std::size_t limit)
+      : keys_(s.kv.k.tokens), k_dim_(s.kv.k.dim), v_dim_(s.kv.v.dim),
+        panel_cols_(kernels.panel_cols) {
+    constexpr index_t rows_worth_it = 256;  // query rows x heads that share a kv head
+    if (s.plan->shape().q_len * s.plan->shape().group_size() < rows_worth_it) return;
+    // Rows of a power of two bytes that do not lie side by side meet in few sets of the caches.
+    const auto scattered = [&](const stored_view& view) {
+      return view.type != dtype::f32 || (lane_blocks > 0 && view.token_stride != view.dim);
+    };
+    constexpr index_t blocks_worth_it = 4;
+    k_rows_ = scattered(s.kv.k);
+    v_panels_ = lane_blocks >= blocks_worth_it;
+    v_rows_ = !v_panels_ && scattered(s.kv.v);
+    if (head_bytes() > limit) *this = kv_packing();
+  }
+
+  /// Bytes for one kv head; 0 = everything stays in place.
+  std::size_t head_bytes() const { return k_bytes() + v_bytes(); }
+  /// Blocks of keys of one kv head, each a task.
+  index_t blocks() const { return head_bytes() == 0 ? 0 : ceil_div(keys_, value_block_keys); }
+
+  /// Where the rows of a kv head are once its blocks are packed into `memory`.
+  kv_rows rows(const kv_view& kv, index_t kv_head, const std::byte* memory) const {
+    kv_rows rows{kv.k, kv.v, kv_head};
+    const auto* const packed = reinterpret_cast<const float*>(memory);
+    if (k_rows_) {
+      rows.k_data = packed;
+      rows.k_stride = k_dim_;
+    } else if (kv.k.type == dtype::f32) {
+      rows.k_data = static_cast<const float*>(kv.k.row(0, kv_head));
+      rows.k_stride = kv.k.token_stride;
+    }
+    if (v_panels_ || v_rows_) {
+      rows.v_data = packed + k_bytes() / sizeof(float);
+      rows.v_stride = v_panels_ ? panel_cols_ : v_dim_;
+      rows.v_panel = v_panels_ ? value_panel_floats(panel_cols_) : 0;
+      rows.v_block = v_panels_ ? value_block_floats(v_dim_, panel_cols_) : 0;
+    } else if (kv.v.type == dtype::f32) {
+      rows.v_data = static_cast<const float*>(kv.v.row(0, kv_head));
+      rows.v_stride = kv.v.token_stride;
+    }
+    return rows;
+  }
+
+  void pack_block(const kv_view& kv, index_t kv_head, index_t block, const kernel_table& kernels,
+                  std::byte* memory) const {
+    auto* const packed = reinterpret_cast<float*>(memory);
+    const void* from[value_block_keys];
+    const index_t first = block * value_block_keys;
+    const index_t count = std::min(value_block_keys, keys_ - first);
+    const auto rows_of = [&](const stored_view& view) {
+      for (index_t i = 0; i < count; ++i) from[i] = view.row(first + i, kv_head);
+    };
+    if (k_rows_) {
+      rows_of(kv.k);
+      kernels.load_rows({from, kv.k.type, count, k_dim_, packed + first * k_dim_});
+    }
+    float* const values = packed + k_bytes() / sizeof(float);
+    if (v_panels_ || v_rows_) rows_of(kv.v);
+    if (v_panels_) {
+      kernels.load_values({from, kv.v.type, count, v_dim_,
+                           values + block * value_block_floats(v_dim_, panel_cols_)});
+    } else if (v_rows_) {
+      kernels.load_rows({from, kv.v.type, count, v_dim_, values + first * v_dim_});
+    }
+  }
+
+ private:
+  static std::size_t float_bytes(index_t count) {
+    return padded(static_cast<std::size_t>(count) * sizeof(float));
+  }
+  std::size_t k_bytes() const { return k_rows_ ? float_bytes(keys_ * k_dim_) : 0; }
+  std::size_t v_bytes() const {
+    if (v_rows_) return float_bytes(keys_ * v_dim_);
+    return v_panels_ ? float_bytes(ceil_div(keys_, value_block_keys) *
+                                   value_block_floats(v_dim_, panel_cols_))
+                     : 0;
+  }
+
+  index_t keys_ = 0;
+  index_t k_dim_ = 0;
+  index_t v_dim_ = 0;
+  index_t panel_cols_ = 1;
+  bool k_rows_ = false;    // f32, one behind the other
+  bool v_rows_ = false;    // the same
+  bool v_panels_ = false;  // see value_block_keys
+};
+
+}  // namespace sattn::detail
