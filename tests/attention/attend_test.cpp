@@ -194,6 +194,26 @@ TEST(attend, duplicate_and_unsorted_tokens_count_once) {
   EXPECT_TRUE(bit_equal(run(ctx, once, p), run(ctx, twice, p)));
 }
 
+// Keys that many neighbouring rows share go through the tile kernel, the rest row by row, and both
+// meet in the output.
+TEST(attend, row_lists_that_share_many_few_or_no_keys) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const index_t heads : {1, 2, 4, 5}) {
+    for (const auto& [common, own] : {std::pair{150, 0}, {150, 20}, {20, 150}, {5, 5}, {0, 40}}) {
+      attention_problem p(random, {.q_len = 70, .kv_len = 310, .q_heads = 2 * heads, .kv_heads = 2,
+                                   .head_dim = 24, .v_dim = 19});
+      p.soft_cap = common == 20 ? 3.0f : 0.0f;
+      if (own == 20) p.sink_logits.assign(at(2 * heads), 0.7f);
+      const attention_plan plan =
+          plan_prefill(contexts.any(), p.shape, alike_lists(random, p.shape, common, own));
+      ASSERT_TRUE(within_bound(contexts, plan, p))
+          << "heads " << heads << ", common " << common << ", own " << own;
+    }
+  }
+}
+
 // ---- options ------------------------------------------------------------------------------------
 
 TEST(attend, a_sink_logit_equals_a_key_with_that_logit_and_value_zero) {

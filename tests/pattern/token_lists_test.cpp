@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <sattn/pattern/basic.hpp>
 #include <set>
 #include <string>
@@ -70,9 +71,26 @@ TEST(token_lists, count_duplicates_once) {
   const attention_shape shape = aligned_shape(2, 10);
   const attention_plan twice = plan_of(shape, token_lists{1, {0, 4, 6}, {7, 2, 7, 2, 5, 5}});
   const attention_plan once = plan_of(shape, token_lists{1, {0, 2, 3}, {2, 7, 5}});
-  EXPECT_EQ(twice.head(0).tokens, once.head(0).tokens);
-  EXPECT_EQ(twice.head(0).tokens, (std::vector<token_t>{2, 7, 5}));
+  EXPECT_EQ(twice.head(0).row_keys, once.head(0).row_keys);
+  EXPECT_EQ(twice.head(0).row_masks, once.head(0).row_masks);
+  EXPECT_EQ(twice.head(0).row_keys, (std::vector<token_t>{2, 5, 7}));
+  EXPECT_EQ(twice.head(0).row_masks, (std::vector<std::uint16_t>{1, 2, 1}));
   EXPECT_EQ(twice.stats().selected, 3);
+}
+
+TEST(token_lists, give_keys_that_all_rows_of_a_tile_share_to_the_tile) {
+  // Keys 0 and 1 are in all lists whose rows may see them, key 2 is not; row 16 is a tile of its own.
+  token_lists lists{1, {0}, {}};
+  for (token_t row = 0; row < 17; ++row) {
+    lists.tokens.insert(lists.tokens.end(), {0, 1});
+    if (row == 9) lists.tokens.push_back(2);
+    lists.indptr.push_back(std::ssize(lists.tokens));
+  }
+  const attention_plan plan = plan_of(aligned_shape(17, 17), lists);
+  EXPECT_EQ(plan.grid().rows, 16);
+  EXPECT_EQ(plan.head(0).ranges, (std::vector<sattn::key_range>{{0, 2}, {0, 2}}));
+  EXPECT_EQ(plan.head(0).row_keys, (std::vector<token_t>{2}));
+  EXPECT_EQ(plan.head(0).row_masks, (std::vector<std::uint16_t>{1u << 9}));
 }
 
 TEST(token_lists, join_neighbours_to_ranges) {
@@ -114,8 +132,8 @@ TEST(token_lists, refuse_lists_that_do_not_fit) {
   EXPECT_EQ(message(3, {1, 1, 1}, {0}), "token_lists: indptr runs from 1 to 1, expected 0 to 1");
   EXPECT_EQ(message(3, {0, 1, 1}, {0, 1}), "token_lists: indptr runs from 0 to 1, expected 0 to 2");
   EXPECT_EQ(message(3, {0, 3, 2}, {0, 1}), "token_lists: indptr decreases from 0 to 3 at list 0");
-  EXPECT_EQ(message(3, {0, 1, 2}, {0, 10}), "token_lists: key 10 of list 1, kv_len is 10");
-  EXPECT_EQ(message(3, {0, 1, 2}, {-1, 1}), "token_lists: key -1 of list 0, kv_len is 10");
+  EXPECT_EQ(message(3, {0, 1, 2}, {0, 10}), "plan_writer: key 10 of rows [3, 5), kv_len is 10");
+  EXPECT_EQ(message(3, {0, 1, 2}, {-1, 1}), "plan_writer: key -1 of rows [0, 3), kv_len is 10");
   EXPECT_NE(message(3, {0, 0, 0, 0, 0, 0, 0}, {}, 3).find("holds 3 sets"), std::string::npos);
 }
 

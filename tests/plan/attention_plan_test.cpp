@@ -51,6 +51,9 @@ plan_data good_data() {
                                      .ranges = {{3, 6}, {4, 9}, {12, 15}},
                                      .token_ptr = {0, 1, 1, 3},
                                      .tokens = {8, 1, 10},
+                                     .row_key_ptr = {0, 2, 2, 3},
+                                     .row_keys = {7, 9, 4},
+                                     .row_masks = {0b1010, 0b1111, 0b01},
                                      .split_ptr = {0, 1, 3, 4},
                                      .splits = {0, 0, 7, 0}};
   plan_data data = one_head({10, 20, 4, 2, 10}, {}, {4, 0}, head);
@@ -212,6 +215,24 @@ TEST(attention_plan, refuses_broken_lists) {
   });
 }
 
+TEST(attention_plan, refuses_broken_row_keys) {
+  expect_refused({
+      {[](plan_data& d) { d.heads[1].row_key_ptr.clear(); }, {"3 row key of head 1"}},
+      {[](plan_data& d) { d.heads[1].row_masks.pop_back(); }, {"head 1", "3 row keys and 2 masks"}},
+      {[](plan_data& d) {
+         d.heads[1].row_key_ptr = {0, 2, 1, 3};
+       },
+       {"row key pointers of head 1", "tile 1"}},
+      {[](plan_data& d) { d.heads[1].row_keys[1] = 7; },
+       {"row key 7 after 7", "tile 0 of head 1"}},
+      {[](plan_data& d) { d.heads[1].row_keys[0] = -1; }, {"row key -1", "tile 0 of head 1"}},
+      {[](plan_data& d) { d.heads[1].row_keys[2] = 20; }, {"row key 20", "kv_len is 20"}},
+      {[](plan_data& d) { d.heads[1].row_masks[0] = 0; }, {"row key 7", "mask 0"}},
+      // The last tile has two rows.
+      {[](plan_data& d) { d.heads[1].row_masks[2] = 0b100; }, {"row key 4", "mask 4 for 2 rows"}},
+  });
+}
+
 TEST(attention_plan, refuses_broken_splits) {
   expect_refused({
       {[](plan_data& d) { d.heads[1].split_ptr.clear(); }, {"4 split of head 1"}},
@@ -239,6 +260,7 @@ TEST(attention_plan, refuses_broken_splits) {
 bool same_head(const plan_head& a, const plan_head& b) {
   return a.distances == b.distances && a.columns == b.columns && a.range_ptr == b.range_ptr &&
          a.ranges == b.ranges && a.token_ptr == b.token_ptr && a.tokens == b.tokens &&
+         a.row_key_ptr == b.row_key_ptr && a.row_keys == b.row_keys && a.row_masks == b.row_masks &&
          a.split_ptr == b.split_ptr && a.splits == b.splits && a.distance_bits == b.distance_bits;
 }
 
@@ -327,8 +349,8 @@ TEST(attention_plan, an_empty_plan_has_nothing) {
 TEST(attention_plan, bytes_counts_every_array) {
   const attention_plan plan(good_data());
   const plan_head& h = plan.head(0);
-  EXPECT_EQ(plan.bytes(), 2 * (7 * sizeof(key_range) + 12 * sizeof(index_t) + 7 * sizeof(token_t) +
-                               h.distance_bits.size() * 8));
+  EXPECT_EQ(plan.bytes(), 2 * (7 * sizeof(key_range) + 16 * sizeof(index_t) + 10 * sizeof(token_t) +
+                               3 * sizeof(std::uint16_t) + h.distance_bits.size() * 8));
 }
 
 TEST(attention_plan, a_long_vertical_slash_plan_takes_less_than_a_mebibyte_a_head) {
@@ -390,6 +412,38 @@ TEST(plan_stats, selected_and_legal_equal_a_count_of_the_pairs) {
   }
 }
 
+// Where rows have keys of their own: what many of the rows share is computed for all 16 lanes of
+// each head, if it is worth a tile, and everything else pair by pair.
+std::int64_t count_executed_of_row_keys(const attention_plan& plan) {
+  const attention_shape& shape = plan.shape();
+  const index_t heads = plan.sharing_heads();
+  const index_t many = heads == 1 ? 4 : heads < 4 ? 5 : 7;
+  std::int64_t executed = 0;
+  for (index_t first_head = 0; first_head < shape.q_heads; first_head += heads) {
+    const std::vector<std::uint8_t> mask = expand(plan, first_head);
+    for (index_t tile = 0; tile < plan.tiles(); ++tile) {
+      const key_range rows = plan.grid().row_range(tile, shape.q_len);
+      index_t shared_keys = 0;
+      index_t shared_pairs = 0;
+      index_t pairs = 0;
+      for (index_t key = 0; key < shape.kv_len; ++key) {
+        index_t count = 0;
+        for (index_t r = rows.begin; r < rows.end; ++r) {
+          count += mask[static_cast<std::size_t>(r * shape.kv_len + key)];
+        }
+        pairs += count;
+        if (count >= many) {
+          ++shared_keys;
+          shared_pairs += count;
+        }
+      }
+      executed +=
+          heads * (shared_pairs >= 256 ? pairs - shared_pairs + shared_keys * 16 : pairs);
+    }
+  }
+  return executed;
+}
+
 // Keys for all rows of a tile alike: every 16 rows take the keys that one of them sees, in all
 // lanes of as many blocks as hold the heads; the row kernel has no lanes.
 std::int64_t count_executed(const attention_plan& plan) {
@@ -428,7 +482,9 @@ TEST(plan_stats, executed_counts_tiles_and_lanes_of_lists) {
     plan_data data = test_support::random_plan_data(random, 150);
     for (plan_head& head : data.heads) head.distances.clear();
     const attention_plan plan(data);
-    ASSERT_EQ(plan.stats().executed, count_executed(plan)) << test_support::describe(data);
+    ASSERT_EQ(plan.stats().executed, plan.has_row_keys() ? count_executed_of_row_keys(plan)
+                                                         : count_executed(plan))
+        << test_support::describe(data);
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <limits>
 #include <sattn/plan/expand.hpp>
@@ -51,6 +52,76 @@ plan_head written(const plan_scope& scope, F&& emit) {
 bool is_dense(const plan_head& head, index_t kv_len) {
   return head.columns == ranges{{0, static_cast<token_t>(kv_len)}} && head.distances.empty() &&
          head.range_ptr.empty() && head.token_ptr.empty() && head.distance_bits.empty();
+}
+
+// ---- keys of single rows
+
+TEST(plan_writer, keeps_the_keys_of_rows_apart_whatever_the_order) {
+  const seed_trace trace;
+  random_source random;
+  for (int n = 0; n < 300; ++n) {
+    const index_t kv_len = random.integer(1, 200);
+    const index_t q_len = random.integer(1, 70);
+    plan_data data;
+    data.shape = {q_len, kv_len, 1, 1, static_cast<token_t>(random.integer(-5, kv_len))};
+    data.legal = test_support::random_domain(random, static_cast<token_t>(kv_len));
+    data.grid = random.pick<sattn::tile_grid>({{16, 0}, {16, 16}, {13, 24}, {5, 0}, {1, 0}});
+    std::vector<bool> wanted(static_cast<std::size_t>(q_len * kv_len));
+    const bool ascending = random.integer(0, 1) == 0;
+    data.heads.push_back(written({data.shape, data.legal, data.grid}, [&](plan_writer& writer) {
+      for (index_t i = 0; i < 2 * q_len; ++i) {
+        const index_t begin = ascending ? i / 2 : random.integer(0, q_len - 1);
+        const index_t end = std::min(q_len, begin + random.pick<index_t>({0, 1, 1, 3, 40}));
+        std::vector<token_t> keys;
+        for (index_t count = random.integer(0, 30); count > 0; --count) {
+          keys.push_back(static_cast<token_t>(random.integer(0, kv_len - 1)));
+        }
+        writer.row_keys(static_cast<token_t>(begin), static_cast<token_t>(end), keys);
+        for (index_t row = begin; row < end; ++row) {
+          for (const token_t key : keys) wanted[static_cast<std::size_t>(row * kv_len + key)] = true;
+        }
+      }
+    }));
+    const attention_plan plan(data);  // checks the rules
+    ASSERT_TRUE(selects(plan, [&](index_t, index_t row, index_t key) {
+      return bool{wanted[static_cast<std::size_t>(row * kv_len + key)]};
+    })) << "case " << n << ", " << test_support::describe(data);
+  }
+}
+
+TEST(plan_writer, refuses_keys_of_rows_that_do_not_exist_or_share_a_tall_tile) {
+  const auto message = [](token_t begin, token_t end, token_t key, token_t tile_rows = 4) {
+    plan_scope scope = small_scope();
+    scope.grid.rows = tile_rows;
+    return error_of([&] {
+      written(scope, [&](plan_writer& writer) { writer.row_keys(begin, end, {&key, 1}); });
+    });
+  };
+  EXPECT_EQ(message(0, 10, 19), "");
+  EXPECT_EQ(message(3, 3, 0), "");
+  EXPECT_EQ(message(-1, 3, 0), "plan_writer: rows [-1, 3) of q_len 10");
+  EXPECT_EQ(message(3, 2, 0), "plan_writer: rows [3, 2) of q_len 10");
+  EXPECT_EQ(message(3, 11, 0), "plan_writer: rows [3, 11) of q_len 10");
+  EXPECT_EQ(message(3, 4, 20), "plan_writer: key 20 of rows [3, 4), kv_len is 20");
+  EXPECT_EQ(message(3, 4, -1), "plan_writer: key -1 of rows [3, 4), kv_len is 20");
+  EXPECT_EQ(message(0, 10, 3, 64), "");  // all rows of the tile
+  EXPECT_NE(message(3, 4, 3, 64).find("a tile of 64 rows, at most 16"), std::string::npos);
+}
+
+// What a pattern left behind when it threw does not reach the next plan.
+TEST(plan_writer, forgets_the_rows_of_a_pattern_that_threw) {
+  const plan_scope scope = small_scope();
+  sattn::plan_scratch scratch;
+  const std::vector<token_t> keys = {1, 7};
+  plan_writer first(scope, scratch);
+  first.row_keys(1, 2, keys);
+  EXPECT_NE(error_of([&] { first.columns(-1, 3); }), "");
+  plan_writer second(scope, scratch);
+  second.row_keys(0, 1, std::vector<token_t>{3});
+  plan_head head;
+  second.finish(head);
+  EXPECT_EQ(head.row_keys, (std::vector<token_t>{3}));
+  EXPECT_EQ(head.row_masks, (std::vector<std::uint16_t>{1}));
 }
 
 // ---- normal form
@@ -351,6 +422,9 @@ TEST(plan_writer, leaves_nothing_of_what_the_head_held_before) {
                                              .ranges = {{1, 3}},
                                              .token_ptr = {0, 1},
                                              .tokens = {1},
+                                             .row_key_ptr = {0, 1},
+                                             .row_keys = {3},
+                                             .row_masks = {1},
                                              .split_ptr = {0, 1},
                                              .splits = {0}};
   head.set_distance_bits();
@@ -362,7 +436,8 @@ TEST(plan_writer, leaves_nothing_of_what_the_head_held_before) {
   second.finish(head);
   EXPECT_EQ(head.columns, (ranges{{4, 5}}));
   EXPECT_TRUE(head.distances.empty() && head.range_ptr.empty() && head.ranges.empty() &&
-              head.token_ptr.empty() && head.tokens.empty() && head.split_ptr.empty() &&
+              head.token_ptr.empty() && head.tokens.empty() && head.row_key_ptr.empty() &&
+              head.row_keys.empty() && head.row_masks.empty() && head.split_ptr.empty() &&
               head.splits.empty() && head.distance_bits.empty());
 }
 

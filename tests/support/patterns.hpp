@@ -189,6 +189,22 @@ inline sattn::domain random_domain(random_source& random, const sattn::attention
   return legal;
 }
 
+/// A list for every row and kv head: `common` of the keys are those of all its neighbours, `own` are
+/// its own.
+inline sattn::token_lists alike_lists(random_source& random, const sattn::attention_shape& shape,
+                                      index_t common, index_t own) {
+  sattn::token_lists lists{1, {0}, {}, shape.kv_heads};
+  const auto any_key = [&] { return static_cast<token_t>(random.integer(0, shape.kv_len - 1)); };
+  std::vector<token_t> shared(at(common));
+  for (index_t i = 0; i < shape.kv_heads * shape.q_len; ++i) {
+    if (i % 24 == 0) std::generate(shared.begin(), shared.end(), any_key);
+    lists.tokens.insert(lists.tokens.end(), shared.begin(), shared.end());
+    for (index_t n = 0; n < own; ++n) lists.tokens.push_back(any_key());
+    lists.indptr.push_back(std::ssize(lists.tokens));
+  }
+  return lists;
+}
+
 /// The tile kernel, the row kernel, and splits, each with masks.
 inline std::vector<std::pair<std::string, sattn::attention_plan>> every_kind_of_plan(
     sattn::context& ctx, const sattn::attention_shape& shape) {
@@ -199,11 +215,14 @@ inline std::vector<std::pair<std::string, sattn::attention_plan>> every_kind_of_
     plans.emplace_back(std::move(name), std::move(plan));
   };
   const auto lists = random_pattern(random, shape, pattern_kind::row_lists);
+  const auto alike = alike_lists(random, shape, 40, 10);
   const auto blocks = random_pattern(random, shape, pattern_kind::block_mask, shape.q_heads);
   add("dense", plan_prefill(ctx, shape, dense{}));
   add("vertical-slash", plan_prefill(ctx, shape, vertical_slash{{0, 5, 90}, {0, 1, 30, 60}}));
   add("blocks", plan_prefill(ctx, shape, blocks.pattern));
   add("row lists", plan_prefill(ctx, shape, lists.pattern));
+  add("row lists that share keys", plan_prefill(ctx, shape, alike));
+  add("splits of row lists that share keys", plan_decode(ctx, shape, alike, {.split_keys = 9}));
   add("splits", plan_decode(ctx, shape, dense{}, {.split_keys = 11}));
   add("splits of row lists", plan_decode(ctx, shape, lists.pattern, {.split_keys = 7}));
   return plans;

@@ -60,11 +60,15 @@ struct head_fields {
   std::vector<sattn::key_range> ranges = {};
   std::vector<index_t> token_ptr = {};
   std::vector<token_t> tokens = {};
+  std::vector<index_t> row_key_ptr = {};
+  std::vector<token_t> row_keys = {};
+  std::vector<std::uint16_t> row_masks = {};
   std::vector<index_t> split_ptr = {};
   std::vector<token_t> splits = {};
 
   operator sattn::plan_head() const {
-    return {distances, columns, range_ptr, ranges, token_ptr, tokens, split_ptr, splits, {}};
+    return {distances,   columns,  range_ptr, ranges,    token_ptr, tokens,
+            row_key_ptr, row_keys, row_masks, split_ptr, splits,    {}};
   }
 };
 
@@ -146,6 +150,23 @@ inline void add_random_list(sattn::plan_head& head, random_source& random, index
   }
 }
 
+/// Keys of one tile that some of its rows attend to: few of them, about half, or any.
+inline void add_random_row_keys(sattn::plan_head& head, random_source& random, index_t kv_len,
+                                index_t rows) {
+  const index_t gap = random.pick<index_t>({1, 1, 4, 60, 400});
+  const index_t kind = random.integer(0, 2);
+  for (index_t key = random.integer(0, gap); key < kv_len; key += random.integer(1, gap)) {
+    unsigned mask = 0;
+    for (index_t row = 0; row < rows; ++row) {
+      const bool chosen = kind == 0 ? random.integer(0, 9) == 0 : random.integer(0, 3) >= kind;
+      if (chosen) mask |= 1u << row;
+    }
+    if (mask == 0) continue;
+    head.row_keys.push_back(static_cast<token_t>(key));
+    head.row_masks.push_back(static_cast<std::uint16_t>(mask));
+  }
+}
+
 inline sattn::plan_head random_plan_head(random_source& random, const sattn::plan_data& data) {
   const index_t kv_len = data.shape.kv_len;
   const index_t positions = std::max<index_t>(data.shape.q_offset + data.shape.q_len, 0);
@@ -160,6 +181,14 @@ inline sattn::plan_head random_plan_head(random_source& random, const sattn::pla
       if (random.integer(0, 4) != 0) add_random_list(head, random, kv_len);
       head.range_ptr.push_back(std::ssize(head.ranges));
       head.token_ptr.push_back(std::ssize(head.tokens));
+    }
+  }
+  if (data.grid.rows <= 16 && random.integer(0, 1) != 0) {
+    head.row_key_ptr.push_back(0);
+    for (index_t tile = 0; tile < data.grid.tiles(data.shape.q_len); ++tile) {
+      add_random_row_keys(head, random, kv_len,
+                          data.grid.row_range(tile, data.shape.q_len).size());
+      head.row_key_ptr.push_back(std::ssize(head.row_keys));
     }
   }
   return head;

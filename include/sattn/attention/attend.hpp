@@ -35,7 +35,7 @@ struct sequence_work {
       const row_work work(s);
       merge_tasks = work.merge_tasks(*s.plan);
       shared_bytes = work.shared_bytes(*s.plan);
-      scratch_bytes = work.scratch_bytes();
+      scratch_bytes = row_scratch_bytes(s, work);
     } else {
       scratch_bytes = tile_work(s).scratch_bytes();
     }

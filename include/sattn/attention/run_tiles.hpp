@@ -14,7 +14,7 @@ namespace sattn::detail {
 /// How the tile kernel runs one sequence. A task is one tile of one kv head, with as many of the
 /// query heads that share its list as the packed queries of fit the second-level cache.
 struct tile_work {
-  static constexpr index_t cached_bytes = 160 * 1024;
+  static constexpr index_t cached_bytes = 320 * 1024;
 
   index_t head_dim;
   index_t v_dim;
@@ -32,7 +32,7 @@ struct tile_work {
         sharing(s.plan->sharing_heads()),
         blocks_per_tile(ceil_div(s.plan->grid().rows, sub_tile_rows)),
         lists_per_kv_head(sharing == 0 ? 0 : s.plan->shape().group_size() / sharing),
-        tiles(s.plan->tiles()), keys_bytes(key_scratch::bytes(s)) {
+        tiles(s.plan->tiles()), keys_bytes(padded(sizeof(key_chunk)) + row_pointers::bytes(s)) {
     const index_t block_bytes = lane_block_floats(head_dim, v_dim) * index_t{sizeof(float)};
     const index_t fit = std::max<index_t>(1, cached_bytes / (block_bytes * blocks_per_tile));
     heads_per_task = std::min(sharing, fit * lanes.heads);
@@ -86,7 +86,8 @@ void run_tile(const attention_sequence& s, const tile_work& work, key_range kv_h
   const index_t rows = tile_rows.size();
   const kv_rows kv = rows_of(first_head / plan.shape().group_size());
 
-  key_scratch& keys = key_scratch::take(scratch, s);
+  key_chunk& chunk = *scratch.take<key_chunk>(1);
+  row_pointers& pointers = row_pointers::take(scratch, s);
   float* const scores = scratch.take<float>(chunk_keys * tile_lanes);
   const index_t block_floats = lane_block_floats(work.head_dim, work.v_dim);
   const index_t blocks = ceil_div(heads, work.lanes.heads) * work.blocks_per_tile;
@@ -104,21 +105,21 @@ void run_tile(const attention_sequence& s, const tile_work& work, key_range kv_h
 
   tile_cursor cursor(plan, plan.head_of(first_head), tile, work.lanes.rows,
                      {0, static_cast<token_t>(plan.shape().kv_len)});
-  while (cursor.next(keys.chunk)) {
-    keys.locate_rows(kv, kernels);
+  while (cursor.next(chunk)) {
+    pointers.locate(chunk.keys.data(), chunk.count, kv, kernels);
     bool first = true;  // the first block to touch the chunk brings it in
     for (index_t b = 0; b < blocks; ++b) {
       const index_t sub = b % work.blocks_per_tile;
       if (sub >= row_blocks) continue;
-      const key_chunk::sub_tile& part = keys.chunk.sub[static_cast<std::size_t>(sub)];
+      const key_chunk::sub_tile& part = chunk.sub[static_cast<std::size_t>(sub)];
       if (part.begin == part.end) continue;
       kernels.attend_tile({
-          .k_rows = keys.k_rows.data() + part.begin,
-          .v_rows = keys.v_rows.data() + part.begin,
+          .k_rows = pointers.k.data() + part.begin,
+          .v_rows = pointers.v.data() + part.begin,
           .v_panel = kv.v_panel,
           .count = part.end - part.begin,
           .masks = part.masked
-                       ? keys.chunk.masks[static_cast<std::size_t>(sub)].data() + part.begin
+                       ? chunk.masks[static_cast<std::size_t>(sub)].data() + part.begin
                        : nullptr,
           .head_dim = work.head_dim,
           .v_dim = work.v_dim,

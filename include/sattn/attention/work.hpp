@@ -7,6 +7,7 @@
 #include <sattn/plan/tile_cursor.hpp>
 
 #include <array>
+#include <bit>
 #include <new>
 #include <span>
 
@@ -33,54 +34,77 @@ class scratch_arena {
   std::span<std::byte> memory_;
 };
 
-/// A chunk of keys and where its rows lie.
-struct key_scratch {
-  key_chunk chunk;
-  std::array<const float*, chunk_keys + prefetch_rows> k_rows;
-  std::array<const float*, chunk_keys> v_rows;
+/// Where the rows of up to chunk_keys keys lie.
+struct row_pointers {
+  std::array<const float*, chunk_keys + prefetch_rows> k;
+  std::array<const float*, chunk_keys> v;
   float* widened;  // room for the rows of a chunk that must be widened, k before v
 
-  /// Bytes of the scratch for a sequence, with room for widened rows.
+  /// Bytes of scratch for a sequence, with room for widened rows.
   static std::size_t bytes(const attention_sequence& s) {
-    return padded(sizeof(key_scratch)) +
+    return padded(sizeof(row_pointers)) +
            padded(static_cast<std::size_t>(widened_floats(s.kv)) * sizeof(float));
   }
-  static key_scratch& take(scratch_arena& arena, const attention_sequence& s) {
-    key_scratch& keys = *arena.take<key_scratch>(1);
-    keys.widened = arena.take<float>(widened_floats(s.kv));
-    return keys;
+  static row_pointers& take(scratch_arena& arena, const attention_sequence& s) {
+    row_pointers& rows = *arena.take<row_pointers>(1);
+    rows.widened = arena.take<float>(widened_floats(s.kv));
+    return rows;
   }
 
-  void locate_rows(const kv_rows& rows, const kernel_table& kernels) {
+  void locate(const token_t* keys, index_t count, const kv_rows& rows,
+              const kernel_table& kernels) {
     float* room = widened;
     if (rows.k_data != nullptr) {
-      for (std::size_t i = 0; i < count(); ++i) k_rows[i] = rows.k_row(chunk.keys[i]);
+      for (index_t i = 0; i < count; ++i) k[at(i)] = rows.k_row(keys[i]);
     } else {
-      widen(rows.k, rows.kv_head, kernels, room, k_rows.data());
+      widen(rows.k, rows.kv_head, keys, count, kernels, room, k.data());
       room += chunk_keys * rows.k.dim;
     }
-    for (std::size_t i = count(); i < count() + prefetch_rows; ++i) k_rows[i] = k_rows[count() - 1];
+    for (index_t i = count; i < count + prefetch_rows; ++i) k[at(i)] = k[at(count - 1)];
     if (rows.v_data != nullptr) {
-      for (std::size_t i = 0; i < count(); ++i) v_rows[i] = rows.v_row(chunk.keys[i]);
+      for (index_t i = 0; i < count; ++i) v[at(i)] = rows.v_row(keys[i]);
     } else {
-      widen(rows.v, rows.kv_head, kernels, room, v_rows.data());
+      widen(rows.v, rows.kv_head, keys, count, kernels, room, v.data());
     }
   }
 
  private:
-  std::size_t count() const { return static_cast<std::size_t>(chunk.count); }
+  static std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
   static index_t widened_floats(const kv_view& kv) {
     return chunk_keys * ((kv.k.type == dtype::f32 ? 0 : kv.k.dim) +
                          (kv.v.type == dtype::f32 ? 0 : kv.v.dim));
   }
-  void widen(const stored_view& view, index_t kv_head, const kernel_table& kernels, float* to,
-             const float** rows) const {
+  static void widen(const stored_view& view, index_t kv_head, const token_t* keys, index_t count,
+                    const kernel_table& kernels, float* to, const float** rows) {
     const void* from[chunk_keys];
-    for (std::size_t i = 0; i < count(); ++i) {
-      from[i] = view.row(chunk.keys[i], kv_head);
-      rows[i] = to + static_cast<index_t>(i) * view.dim;
+    for (index_t i = 0; i < count; ++i) {
+      from[i] = view.row(keys[i], kv_head);
+      rows[i] = to + i * view.dim;
     }
-    kernels.load_rows({from, view.type, chunk.count, view.dim, to});
+    kernels.load_rows({from, view.type, count, view.dim, to});
+  }
+};
+
+/// Keys of which each row of a tile has its own, gathered until a row has a chunk of them.
+struct row_lists {
+  std::array<std::array<token_t, chunk_keys>, sub_tile_rows> keys;
+  std::array<index_t, sub_tile_rows> counts;
+
+  /// Gives a key to the rows of a mask; calls flush(row) for each list that is full then.
+  template <class F>
+  void add(token_t key, unsigned mask, F&& flush) {
+    for (; mask != 0; mask &= mask - 1) {
+      const auto row = static_cast<std::size_t>(std::countr_zero(mask));
+      keys[row][static_cast<std::size_t>(counts[row]++)] = key;
+      if (counts[row] == chunk_keys) flush(static_cast<index_t>(row));
+    }
+  }
+  /// Calls flush(row) for the lists that hold a key.
+  template <class F>
+  void finish(F&& flush) {
+    for (std::size_t row = 0; row < counts.size(); ++row) {
+      if (counts[row] > 0) flush(static_cast<index_t>(row));
+    }
   }
 };
 

@@ -23,10 +23,11 @@ struct last_query_sums {
 /// Source: MInference (arXiv:2407.02490), section 3.
 inline last_query_sums last_query_scores(context& ctx, const attention_shape& shape,
                                          const tensor_view<const float>& q,
-                                         const tensor_view<const float>& k,
+                                         const stored_view& stored_k,
                                          token_t last_queries = 64,
                                          const logit_rules& rules = {}) {
-  detail::check_estimate("last_query_scores", shape, q, k, rules);
+  const tensor_view<const float> k =
+      detail::check_estimate("last_query_scores", shape, q, stored_k, rules);
   require(last_queries >= 1, "last_query_scores: last_queries ", last_queries,
           " must be positive");
   const index_t sets = detail::score_sets(shape, rules.reduce);

@@ -56,10 +56,11 @@ inline key_range legal_blocks(const attention_shape& shape, const domain& legal,
 /// (arXiv:2407.02490); unlike the former, a short last block is divided by its own length.
 inline score_tensor pooled_block_scores(context& ctx, const attention_shape& shape,
                                         const tensor_view<const float>& q,
-                                        const tensor_view<const float>& k,
+                                        const stored_view& stored_k,
                                         const pooled_block_options& options = {}) {
   const logit_rules& rules = options.rules;
-  detail::check_estimate("pooled_block_scores", shape, q, k, rules);
+  const tensor_view<const float> k =
+      detail::check_estimate("pooled_block_scores", shape, q, stored_k, rules);
   detail::check_block_sizes("pooled_block_scores", options.q_block, options.k_block);
   const index_t q_blocks = ceil_div(shape.q_len, options.q_block);
   const index_t k_blocks = ceil_div(shape.kv_len, options.k_block);

@@ -77,9 +77,10 @@ inline void join_rows(std::span<float> sum, std::span<const float> row, bool fir
 /// Cost: as dense attention without the values, and sets * rows * kv_len floats.
 inline score_tensor row_scores(context& ctx, const attention_shape& shape,
                                const tensor_view<const float>& q,
-                               const tensor_view<const float>& k, key_range rows,
+                               const stored_view& stored_k, key_range rows,
                                const logit_rules& rules = {}) {
-  detail::check_estimate("row_scores", shape, q, k, rules);
+  const tensor_view<const float> k =
+      detail::check_estimate("row_scores", shape, q, stored_k, rules);
   require(rows.begin >= 0 && rows.begin <= rows.end && rows.end <= shape.q_len,
           "row_scores: rows [", rows.begin, ", ", rows.end, ") of q_len ", shape.q_len);
   score_tensor scores(detail::score_sets(shape, rules.reduce), rows.size(), shape.kv_len,
@@ -109,9 +110,10 @@ inline score_tensor row_scores(context& ctx, const attention_shape& shape,
 /// 2 * 16 * kv_len floats per worker and the lists.
 inline token_lists select_tokens(context& ctx, const attention_shape& shape,
                                  const tensor_view<const float>& q,
-                                 const tensor_view<const float>& k, const selection& rule,
+                                 const stored_view& stored_k, const selection& rule,
                                  const logit_rules& rules = {}, token_t rows_per_list = 1) {
-  detail::check_estimate("select_tokens", shape, q, k, rules);
+  const tensor_view<const float> k =
+      detail::check_estimate("select_tokens", shape, q, stored_k, rules);
   check_selection(rule);
   require(rows_per_list >= 1 && rows_per_list <= max_tile_rows, "select_tokens: rows_per_list ",
           rows_per_list, ", expected 1 to ", max_tile_rows);

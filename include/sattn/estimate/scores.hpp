@@ -4,6 +4,7 @@
 #include <sattn/core/aligned_buffer.hpp>
 #include <sattn/core/tensor_view.hpp>
 #include <sattn/exec/context.hpp>
+#include <sattn/kv/contiguous.hpp>
 #include <sattn/plan/domain.hpp>
 
 #include <algorithm>
@@ -58,9 +59,11 @@ inline void check_scores(const char* name, const score_tensor& scores) {
 
 inline constexpr float not_legal = -std::numeric_limits<float>::infinity();
 
-inline void check_estimate(const char* name, const attention_shape& shape,
-                           const tensor_view<const float>& q, const tensor_view<const float>& k,
-                           const logit_rules& rules) {
+/// Returns the keys. Throws: shape_error where things do not fit; unsupported for keys that are not
+/// f32.
+inline tensor_view<const float> check_estimate(const char* name, const attention_shape& shape,
+                                               const tensor_view<const float>& q,
+                                               const stored_view& k, const logit_rules& rules) {
   check_shape(shape, rules.legal);
   check_view("q", q);
   check_view("k", k);
@@ -73,6 +76,10 @@ inline void check_estimate(const char* name, const attention_shape& shape,
   require(std::isfinite(rules.scale.value_or(1.0f)), name, ": scale is not finite");
   require(std::isfinite(rules.soft_cap) && rules.soft_cap >= 0.0f, name, ": soft_cap ",
           rules.soft_cap, ", expected a finite number >= 0");
+  require<unsupported>(k.type == dtype::f32, name, ": k is ", name_of(k.type),
+                       ", estimators read f32 so far");
+  return {static_cast<const float*>(k.data), k.tokens, k.heads, k.dim, k.token_stride,
+          k.head_stride};
 }
 
 inline index_t score_sets(const attention_shape& shape, head_reduce reduce) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sattn/kernel/kernel_args.hpp>
+#include <sattn/kernel/list_rows.hpp>
 #include <sattn/kernel/prefill_tile.hpp>
 #include <sattn/simd/exp.hpp>
 
@@ -158,15 +159,24 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first) 
   const index_t q_stride = row_out_floats(args.head_dim);
   const index_t state_stride = row_state_floats(args.v_dim);
   float* const states = args.states + first * state_stride;
-  qk_rows<Arch, Queries>(args.k_rows, args.count, args.q + first * q_stride, q_stride,
-                         args.head_dim, args.scores);
+  const float* const q = args.q + first * q_stride;
+  if (args.scattered) {
+    qk_lists<Arch, Queries>(args.k_rows, args.count, q, q_stride, args.head_dim, args.scores);
+  } else {
+    qk_rows<Arch, Queries>(args.k_rows, args.count, q, q_stride, args.head_dim, args.scores);
+  }
   float rescale[Queries];
   for (int n = 0; n < Queries; ++n) {
     rescale[n] = softmax_row<Arch>(args, first + n, args.scores + n * chunk_keys,
                                    states + n * state_stride + row_out_floats(args.v_dim));
   }
-  pv_rows<Arch, Queries>(args.v_rows, args.count, args.v_dim, args.scores, rescale, states,
-                         state_stride);
+  if (args.scattered) {
+    pv_lists<Arch, Queries>(args.v_rows, args.count, args.v_dim, args.scores, rescale, states,
+                            state_stride);
+  } else {
+    pv_rows<Arch, Queries>(args.v_rows, args.count, args.v_dim, args.scores, rescale, states,
+                           state_stride);
+  }
 }
 
 /// One chunk of keys for every query row, four (then two, then one) at a time.
@@ -204,17 +214,26 @@ SATTN_NOINLINE void merge_rows(const merge_args& args) noexcept {
   }
   const V factor =
       output_factor(V::broadcast(top), sum, V::broadcast(args.sink_logit));
-  for (index_t col = 0; col < args.v_dim; col += width) {
-    V out = V::zero();
+  constexpr int vecs = 8;  // columns that share an evaluation of the weights
+  for (index_t first = 0; first < args.v_dim; first += vecs * width) {
+    V out[vecs];
+    simd::unroll<vecs>([&](auto c) SATTN_INLINE_LAMBDA { out[c] = V::zero(); });
     for (index_t i = 0; i < args.count; ++i) {
-      out = simd::fma(V::load_aligned(state(i) + col), weight(i), out);
+      const V share = weight(i);
+      simd::unroll<vecs>([&](auto c) SATTN_INLINE_LAMBDA {
+        const index_t col = first + c * width;
+        if (col < args.v_dim) out[c] = simd::fma(V::load_aligned(state(i) + col), share, out[c]);
+      });
     }
-    out = out * factor;
-    if (col + width <= args.v_dim) {
-      out.store(args.out + col);
-    } else {
-      out.store_partial(args.out + col, args.v_dim - col);
-    }
+    simd::unroll<vecs>([&](auto c) SATTN_INLINE_LAMBDA {
+      const index_t col = first + c * width;
+      const V row = out[c] * factor;
+      if (col + width <= args.v_dim) {
+        row.store(args.out + col);
+      } else if (col < args.v_dim) {
+        row.store_partial(args.out + col, args.v_dim - col);
+      }
+    });
   }
   if (args.lse != nullptr) {
     alignas(64) float lane[width];

@@ -85,7 +85,8 @@ struct rows_args {
   const float* const* v_rows;  // [count]
   index_t count;               // 1 .. chunk_keys
   const std::uint16_t* masks;  // [count] or null; query i attends where bit mask_bit[i] is set
-  const std::uint8_t* mask_bit;  // [queries]
+  const std::uint8_t* mask_bit;  // [queries]; not read without masks
+  bool scattered;  // the rows lie anywhere and in a cache; otherwise they ascend and stream
   index_t head_dim;
   index_t v_dim;
   float soft_cap;

@@ -4,6 +4,7 @@
 #include <sattn/core/math.hpp>
 #include <sattn/plan/plan_writer.hpp>
 
+#include <span>
 #include <vector>
 
 namespace sattn {
@@ -25,6 +26,8 @@ struct token_lists {
   tile_grid grid() const {
     require(rows_per_list > 0, "token_lists: rows_per_list ", rows_per_list,
             " must be positive");
+    // Single rows share a tile all the same: a plan keeps apart which of 16 rows has which key.
+    if (rows_per_list == 1) return {16, 16};
     return {std::min(rows_per_list, max_tile_rows), rows_per_list};
   }
   void emit(const plan_scope& scope, plan_writer& writer) const {
@@ -34,25 +37,16 @@ struct token_lists {
     require(indptr.front() == 0 && indptr.back() == static_cast<index_t>(tokens.size()),
             "token_lists: indptr runs from ", indptr.front(), " to ", indptr.back(),
             ", expected 0 to ", tokens.size());
-    require(scope.grid.period > 0 && rows_per_list % scope.grid.period == 0,
-            "token_lists: tiles start at multiples of ", scope.grid.period,
-            ", which does not divide rows_per_list ", rows_per_list,
-            ": a pattern that wraps another must pass on its grid()");
     for (index_t i = 0; i < lists; ++i) {
       const auto r = static_cast<std::size_t>(scope.pick(sets) * lists + i);
       require(indptr[r] >= 0 && indptr[r] <= indptr[r + 1] && indptr[r + 1] <= indptr.back(),
               "token_lists: indptr decreases from ", indptr[r], " to ", indptr[r + 1],
               " at list ", r);
-      const index_t last_row = std::min((i + 1) * rows_per_list, scope.shape.q_len);
-      for (index_t tile = scope.grid.tiles(i * rows_per_list); tile < scope.grid.tiles(last_row);
-           ++tile) {
-        for (index_t at = indptr[r]; at < indptr[r + 1]; ++at) {
-          const token_t key = tokens[static_cast<std::size_t>(at)];
-          require(key >= 0 && key < scope.shape.kv_len, "token_lists: key ", key, " of list ", r,
-                  ", kv_len is ", scope.shape.kv_len);
-          writer.range(tile, key, key + 1);
-        }
-      }
+      const std::span<const token_t> list(tokens.data() + indptr[r],
+                                          static_cast<std::size_t>(indptr[r + 1] - indptr[r]));
+      writer.row_keys(static_cast<token_t>(i * rows_per_list),
+                      static_cast<token_t>(std::min((i + 1) * rows_per_list, scope.shape.q_len)),
+                      list);
     }
   }
 };

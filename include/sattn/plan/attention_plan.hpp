@@ -30,6 +30,11 @@ struct plan_head {
   std::vector<index_t> token_ptr = {};
   std::vector<token_t> tokens = {};  // sorted per tile; single keys, to be stored in 4 bytes
 
+  // Keys that only some rows of a tile attend to, CSR over the tiles; tiles have at most 16 rows.
+  std::vector<index_t> row_key_ptr = {};
+  std::vector<token_t> row_keys = {};          // sorted per tile
+  std::vector<std::uint16_t> row_masks = {};   // for each of them: bit r = row r of the tile
+
   // Where the keys of a tile are cut for decoding; empty = not at all. CSR over the tiles.
   std::vector<index_t> split_ptr = {};
   std::vector<token_t> splits = {};  // first position of each split; the first is 0
@@ -57,6 +62,9 @@ struct plan_head {
     ranges.clear();
     token_ptr.clear();
     tokens.clear();
+    row_key_ptr.clear();
+    row_keys.clear();
+    row_masks.clear();
     split_ptr.clear();
     splits.clear();
     distance_bits.clear();
@@ -126,6 +134,8 @@ class attention_plan {
   /// Key positions of one split.
   key_range split_range(index_t head, index_t tile, index_t split) const;
   bool has_splits() const;
+  /// True when some head has keys for single rows.
+  bool has_row_keys() const;
 
   /// Pairs legal, selected and executed. Cost: one walk over every tile's keys, a small share of a
   /// run; nothing is cached.
@@ -145,12 +155,20 @@ class attention_plan {
 
 inline lane_layout attention_plan::layout() const {
   lane_layout layout(data_.grid, sharing_heads());
-  if (has_splits()) layout.single_rows = true;  // only row states can be merged
+  // Only row states can be merged, and keys of single rows are gathered for the row kernel.
+  if (has_splits() || has_row_keys()) layout.single_rows = true;
   return layout;
 }
 
 inline bool attention_plan::has_splits() const {
   return heads() > 0 && !head(0).split_ptr.empty();
+}
+
+inline bool attention_plan::has_row_keys() const {
+  for (index_t i = 0; i < heads(); ++i) {
+    if (!head(i).row_keys.empty()) return true;
+  }
+  return false;
 }
 
 inline index_t attention_plan::splits(index_t head_index, index_t tile) const {
@@ -177,7 +195,8 @@ inline std::size_t attention_plan::bytes() const {
     const plan_head& h = head(i);
     total += (h.distances.size() + h.columns.size() + h.ranges.size()) * sizeof(key_range) +
              (h.range_ptr.size() + h.token_ptr.size() + h.split_ptr.size()) * sizeof(index_t) +
-             (h.tokens.size() + h.splits.size()) * sizeof(token_t) +
+             (h.tokens.size() + h.row_keys.size() + h.splits.size()) * sizeof(token_t) +
+             h.row_key_ptr.size() * sizeof(index_t) + h.row_masks.size() * sizeof(std::uint16_t) +
              h.distance_bits.size() * sizeof(std::uint64_t);
   }
   return total;

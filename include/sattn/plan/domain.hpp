@@ -40,6 +40,19 @@ struct domain {
     end = std::clamp<index_t>(end, begin, kv_len);
     return {static_cast<token_t>(begin), static_cast<token_t>(end)};
   }
+  /// Bit r: the row at position top + r may see the key; of the first `rows` rows, at most 16.
+  constexpr unsigned rows_that_see(token_t key, token_t top, index_t rows) const {
+    unsigned mask = (1u << rows) - 1;
+    // Rows before the key's own position do not see it, unless it belongs to the prefix.
+    if (causal && key > top && key >= prefix) {
+      mask &= key - top >= rows ? 0 : ~0u << (key - top);
+    }
+    if (window > 0) {
+      const index_t visible = index_t{key} + window - top;  // rows [0, visible) see it
+      if (visible < rows) mask &= (1u << std::max<index_t>(visible, 0)) - 1;
+    }
+    return mask;
+  }
   constexpr bool operator==(const domain&) const = default;
 };
 

@@ -55,6 +55,13 @@ inline std::vector<std::uint8_t> expand(const attention_plan& plan, index_t q_he
           select(key, index_t{key} + 1);
         }
       }
+      if (!head.row_key_ptr.empty()) {
+        for (index_t i = head.row_key_ptr[t]; i < head.row_key_ptr[t + 1]; ++i) {
+          const auto at = static_cast<std::size_t>(i);
+          const token_t key = head.row_keys[at];
+          if ((head.row_masks[at] >> (row - rows.begin) & 1) != 0) select(key, index_t{key} + 1);
+        }
+      }
     }
   }
   return mask;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sattn/plan/attention_plan.hpp>
+#include <sattn/plan/row_sharing.hpp>
 #include <sattn/plan/tile_cursor.hpp>
 
 #include <bit>
@@ -61,6 +62,12 @@ inline void attention_plan::validate() const {
     detail::check_ranges("columns", i, h.columns, 0, std::ssize(h.columns), kv_len);
     detail::check_pointers("range", i, h.range_ptr, tiles(), h.ranges.size());
     detail::check_pointers("token", i, h.token_ptr, tiles(), h.tokens.size());
+    detail::check_pointers("row key", i, h.row_key_ptr, tiles(), h.row_keys.size());
+    require(h.row_masks.size() == h.row_keys.size(), "plan: head ", i, " has ", h.row_keys.size(),
+            " row keys and ", h.row_masks.size(), " masks");
+    require(h.row_keys.empty() || data_.grid.rows <= sub_tile_rows, "plan: tiles of ",
+            data_.grid.rows, " rows have keys for single rows, at most ", sub_tile_rows,
+            " rows can");
     detail::check_pointers("split", i, h.split_ptr, tiles(), h.splits.size());
     require(h.split_ptr.empty() || data_.grid.rows <= sub_tile_rows, "plan: tiles of ",
             data_.grid.rows, " rows have splits, at most ", sub_tile_rows, " rows can");
@@ -78,6 +85,19 @@ inline void attention_plan::validate() const {
           require(token > previous && token < kv_len, "plan: token ", token, " after ", previous,
                   " in tile ", t, " of head ", i, ", kv_len is ", kv_len);
           previous = token;
+        }
+      }
+      if (!h.row_key_ptr.empty()) {
+        const index_t rows = data_.grid.row_range(t, data_.shape.q_len).size();
+        token_t previous = -1;
+        for (index_t k = h.row_key_ptr[at]; k < h.row_key_ptr[at + 1]; ++k) {
+          const token_t key = h.row_keys[static_cast<std::size_t>(k)];
+          const unsigned mask = h.row_masks[static_cast<std::size_t>(k)];
+          require(key > previous && key < kv_len, "plan: row key ", key, " after ", previous,
+                  " in tile ", t, " of head ", i, ", kv_len is ", kv_len);
+          require(mask != 0 && mask >> rows == 0, "plan: row key ", key, " in tile ", t,
+                  " of head ", i, " has mask ", mask, " for ", rows, " rows");
+          previous = key;
         }
       }
       if (!h.split_ptr.empty()) {
@@ -117,30 +137,42 @@ inline plan_stats attention_plan::stats() const {
     std::int64_t selected = 0;
     std::int64_t executed_keys = 0;
     std::int64_t executed_rows = 0;
+    std::int64_t shared_keys = 0;  // of plans with row keys
+    std::int64_t single_rows = 0;
     for (index_t tile = 0; tile < tiles(); ++tile) {
       tile_cursor cursor(*this, i, tile, sub_tile_rows, {0, static_cast<token_t>(shape.kv_len)});
+      row_sharing shares(sharing);
       while (cursor.next(*chunk)) {
         for (index_t s = 0; s < cursor.sub_tiles(); ++s) {
           const key_chunk::sub_tile& sub = chunk->sub[static_cast<std::size_t>(s)];
           executed_keys += sub.end - sub.begin;
           executed_rows += (sub.end - sub.begin) * cursor.sub_rows(s);
-          if (!sub.masked) {
-            selected += (sub.end - sub.begin) * cursor.sub_rows(s);
-            continue;
-          }
           for (index_t k = sub.begin; k < sub.end; ++k) {
-            selected += std::popcount(
-                chunk->masks[static_cast<std::size_t>(s)][static_cast<std::size_t>(k)]);
+            const index_t rows =
+                sub.masked ? std::popcount(chunk->masks[static_cast<std::size_t>(s)]
+                                                       [static_cast<std::size_t>(k)])
+                           : cursor.sub_rows(s);
+            selected += rows;
+            shares.add(rows);
           }
         }
       }
+      shared_keys += shares.tile_keys();
+      single_rows += shares.row_pairs();
     }
     // All 16 lanes of a block are computed, whether a row and a head stand in them or not.
     const index_t heads_of_list = data_.map == head_map::shared ? shape.q_heads : sharing;
     const index_t blocks = heads_of_list / sharing * ceil_div(sharing, lanes.heads);
     stats.selected += selected * heads_of_list;
-    stats.executed += lanes.single_rows ? executed_rows * heads_of_list
-                                        : executed_keys * blocks * lane_layout::lanes;
+    const index_t lane_rows = blocks * lane_layout::lanes;
+    if (has_splits() && has_row_keys()) {
+      stats.executed += selected * heads_of_list;
+    } else if (has_row_keys()) {
+      stats.executed += (shared_keys * lane_layout::lanes + single_rows) * heads_of_list;
+    } else {
+      stats.executed += lanes.single_rows ? executed_rows * heads_of_list
+                                          : executed_keys * lane_rows;
+    }
   }
   return stats;
 }

@@ -4,8 +4,13 @@
 #include <sattn/plan/attention_plan.hpp>
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <exception>
+#include <functional>
+#include <span>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace sattn {
@@ -55,6 +60,19 @@ struct plan_scratch {
   std::vector<key_range> distances;
   std::vector<key_range> columns;
 
+  // Keys for single rows: the masks of one tile by key, and which words of 64 keys it touches ...
+  std::vector<std::uint16_t> mask_of_key;
+  std::vector<std::uint64_t> touched;
+  index_t open_tile = -1;
+  // ... and the tiles that were left, in the order of leaving.
+  struct row_run {
+    index_t tile;
+    index_t begin;  // into row_keys
+  };
+  std::vector<row_run> row_runs;
+  std::vector<token_t> row_keys;
+  std::vector<std::uint16_t> row_masks;
+
   std::exception_ptr failure;  // of the pattern, for head failed_head
   index_t failed_head = 0;
 };
@@ -67,6 +85,14 @@ class plan_writer {
     scratch_.entries.clear();
     scratch_.distances.clear();
     scratch_.columns.clear();
+    scratch_.row_runs.clear();
+    scratch_.row_keys.clear();
+    scratch_.row_masks.clear();
+    if (scratch_.open_tile >= 0) {  // a pattern threw
+      std::fill(scratch_.mask_of_key.begin(), scratch_.mask_of_key.end(), std::uint16_t{0});
+      std::fill(scratch_.touched.begin(), scratch_.touched.end(), 0);
+      scratch_.open_tile = -1;
+    }
   }
 
   /// For every row: the keys at distances [begin, end) behind it; 0 is the row's own position.
@@ -91,6 +117,11 @@ class plan_writer {
     if (begin < end) scratch_.entries.push_back({tile, {begin, end}});
   }
 
+  /// For the query rows [begin, end) alone: single keys in any order. Cheapest when the rows come in
+  /// ascending order. Throws: shape_error unless the rows and keys exist, and where rows of a tile
+  /// of more than 16 rows have keys of their own: the pattern's grid() must ask for less.
+  void row_keys(token_t begin, token_t end, std::span<const token_t> keys);
+
   /// Sorts, merges and clips into `head`.
   void finish(plan_head& head);
 
@@ -102,6 +133,9 @@ class plan_writer {
   static void merge_sorted(std::vector<key_range>& ranges);
   void finish_structure(plan_head& head);
   void finish_lists(plan_head& head);
+  void finish_row_keys(plan_head& head);
+  void open(index_t tile);
+  void leave_tile();
   bool is_dense(const plan_head& head) const;
 
   const plan_scope& scope_;
@@ -159,6 +193,7 @@ inline void plan_writer::merge_sorted(std::vector<key_range>& ranges) {
 inline void plan_writer::finish(plan_head& head) {
   head.clear();
   finish_structure(head);
+  finish_row_keys(head);  // gives keys that all rows have to the lists
   finish_lists(head);
   if (is_dense(head)) {
     head.clear();
@@ -218,6 +253,118 @@ inline void plan_writer::finish_lists(plan_head& head) {
   head.token_ptr.push_back(static_cast<index_t>(head.tokens.size()));
 }
 
+inline void plan_writer::row_keys(token_t begin, token_t end, std::span<const token_t> keys) {
+  require(begin >= 0 && begin <= end && end <= scope_.shape.q_len, "plan_writer: rows [", begin,
+          ", ", end, ") of q_len ", scope_.shape.q_len);
+  for (const token_t key : keys) {
+    require(key >= 0 && key < scope_.shape.kv_len, "plan_writer: key ", key, " of rows [", begin,
+            ", ", end, "), kv_len is ", scope_.shape.kv_len);
+  }
+  while (begin < end) {
+    const index_t tile = scope_.grid.tile_of(begin);
+    const key_range rows = scope_.rows(tile);
+    const token_t stop = std::min(end, rows.end);
+    if (begin == rows.begin && stop == rows.end) {
+      for (const token_t key : keys) scratch_.entries.push_back({tile, {key, key + 1}});
+    } else {
+      require(scope_.grid.rows <= 16, "plan_writer: rows [", begin, ", ", stop,
+              ") have keys of their own in a tile of ", scope_.grid.rows,
+              " rows, at most 16 can: grid() of the pattern must say so");
+      open(tile);
+      const auto mask = static_cast<std::uint16_t>(((1u << (stop - begin)) - 1)
+                                                   << (begin - rows.begin));
+      std::uint16_t* const mask_of_key = scratch_.mask_of_key.data();
+      std::uint64_t* const touched = scratch_.touched.data();
+      for (const token_t key : keys) {
+        mask_of_key[key] |= mask;
+        touched[key >> 6] |= std::uint64_t{1} << (key & 63);
+      }
+    }
+    begin = stop;
+  }
+}
+
+inline void plan_writer::open(index_t tile) {
+  if (scratch_.open_tile == tile) return;
+  leave_tile();
+  const auto keys = static_cast<std::size_t>(scope_.shape.kv_len);
+  if (scratch_.mask_of_key.size() < keys) scratch_.mask_of_key.resize(keys);
+  if (scratch_.touched.size() < keys / 64 + 1) scratch_.touched.resize(keys / 64 + 1);
+  scratch_.open_tile = tile;
+}
+
+/// Moves the open tile's keys to the end of the lists, ascending, and those that all rows have that
+/// may see them to the entries.
+inline void plan_writer::leave_tile() {
+  const index_t tile = std::exchange(scratch_.open_tile, -1);
+  if (tile < 0) return;
+  scratch_.row_runs.push_back({tile, std::ssize(scratch_.row_keys)});
+  const key_range rows = scope_.rows(tile);
+  const token_t top = scope_.shape.position(rows.begin);
+  const std::size_t words = static_cast<std::size_t>(scope_.shape.kv_len) / 64 + 1;
+  for (std::size_t w = 0; w < words; ++w) {
+    for (std::uint64_t bits = std::exchange(scratch_.touched[w], 0); bits != 0; bits &= bits - 1) {
+      const auto key = static_cast<token_t>(w * 64) + std::countr_zero(bits);
+      const unsigned see = scope_.legal.rows_that_see(key, top, rows.size());
+      const unsigned mask =
+          std::exchange(scratch_.mask_of_key[static_cast<std::size_t>(key)], std::uint16_t{0}) &
+          see;
+      if (mask == 0) continue;
+      if (mask == see) {
+        scratch_.entries.push_back({tile, {key, key + 1}});
+      } else {
+        scratch_.row_keys.push_back(key);
+        scratch_.row_masks.push_back(static_cast<std::uint16_t>(mask));
+      }
+    }
+  }
+}
+
+inline void plan_writer::finish_row_keys(plan_head& head) {
+  leave_tile();
+  auto& runs = scratch_.row_runs;
+  if (runs.empty()) return;
+  const auto by_tile = [](const plan_scratch::row_run& a, const plan_scratch::row_run& b) {
+    return a.tile < b.tile;
+  };
+  const auto again = [&] {
+    return std::adjacent_find(runs.begin(), runs.end(), std::not_fn(by_tile)) != runs.end();
+  };
+  if (again()) {  // a tile was left and entered again, or tiles came in another order
+    const std::vector<token_t> keys = std::exchange(scratch_.row_keys, {});
+    const std::vector<std::uint16_t> masks = std::exchange(scratch_.row_masks, {});
+    struct piece {
+      index_t tile, begin, end;
+    };
+    std::vector<piece> pieces;
+    for (std::size_t i = 0; i < runs.size(); ++i) {
+      pieces.push_back({runs[i].tile, runs[i].begin,
+                        i + 1 < runs.size() ? runs[i + 1].begin : std::ssize(keys)});
+    }
+    runs.clear();
+    std::stable_sort(pieces.begin(), pieces.end(),
+                     [](const piece& a, const piece& b) { return a.tile < b.tile; });
+    for (const piece& p : pieces) {
+      open(p.tile);
+      for (auto i = static_cast<std::size_t>(p.begin); i < static_cast<std::size_t>(p.end); ++i) {
+        const auto key = static_cast<std::size_t>(keys[i]);
+        scratch_.mask_of_key[key] |= masks[i];
+        scratch_.touched[key / 64] |= std::uint64_t{1} << (key % 64);
+      }
+    }
+    leave_tile();
+  }
+  std::size_t run = 0;
+  for (index_t tile = 0; tile < scope_.tiles(); ++tile) {
+    while (run < runs.size() && runs[run].tile < tile) ++run;
+    head.row_key_ptr.push_back(run < runs.size() ? runs[run].begin
+                                                 : std::ssize(scratch_.row_keys));
+  }
+  head.row_key_ptr.push_back(std::ssize(scratch_.row_keys));
+  head.row_keys.assign(scratch_.row_keys.begin(), scratch_.row_keys.end());
+  head.row_masks.assign(scratch_.row_masks.begin(), scratch_.row_masks.end());
+}
+
 /// True when every row attends to all of its legal keys: such a head runs as the dense plan does.
 inline bool plan_writer::is_dense(const plan_head& head) const {
   const auto whole = key_range{0, static_cast<token_t>(scope_.shape.kv_len)};
@@ -228,7 +375,7 @@ inline bool plan_writer::is_dense(const plan_head& head) const {
        head.distances[0].end == scope_.legal.window)) {
     return true;
   }
-  if (head.range_ptr.empty()) return false;
+  if (head.range_ptr.empty() || !head.row_keys.empty()) return false;
   for (index_t tile = 0; tile < scope_.tiles(); ++tile) {
     const key_range visible = scope_.visible(tile);
     const auto t = static_cast<std::size_t>(tile);

@@ -28,8 +28,9 @@ struct key_chunk {
   std::array<sub_tile, max_sub_tiles> sub;
   std::array<std::array<std::uint16_t, max_chunk_keys>, max_sub_tiles> masks;  // where masked
 
-  // Keys that only the rows on a selected diagonal attend to.
-  std::array<bool, max_chunk_keys> by_distance;
+  // Keys that not every row attends to: those on a selected diagonal and those of the mask.
+  std::array<bool, max_chunk_keys> partial;
+  std::array<std::uint16_t, max_chunk_keys> row_mask;
 };
 
 /// Turns the encodings of a plan head into chunks of keys for one tile, while the tile runs.
@@ -75,7 +76,7 @@ class tile_cursor {
 
   const domain* legal_ = nullptr;
   const std::uint64_t* distance_bits_ = nullptr;
-  index_t last_bit_ = 0;
+  index_t last_bit_ = -1;
   index_t distance_end_ = 0;          // larger distances concern no row
   const key_range* runs_ = nullptr;   // of distances
   index_t runs_left_ = 0;             // consumed from the back: far diagonals are early keys
@@ -83,9 +84,14 @@ class tile_cursor {
   stream ranges_;
   const token_t* token_ = nullptr;
   const token_t* token_end_ = nullptr;
+  const token_t* row_key_ = nullptr;
+  const token_t* row_key_end_ = nullptr;
+  const std::uint16_t* row_mask_ = nullptr;  // of row_key_
+  bool only_row_keys_ = false;
   key_range hull_;                    // of the diagonals around the next key
   key_range segment_;                 // keys still to hand out
-  bool segment_by_distance_ = false;
+  bool segment_partial_ = false;      // only some rows attend: diagonals and segment_mask_
+  std::uint16_t segment_mask_ = 0;
   bool cover_ = false;
   token_t next_key_ = 0;
   token_t end_key_ = 0;
@@ -120,13 +126,24 @@ inline tile_cursor::tile_cursor(const attention_plan& plan, index_t head, index_
     token_ = h.tokens.data() + h.token_ptr[t];
     token_end_ = h.tokens.data() + h.token_ptr[t + 1];
   }
+  if (!h.row_key_ptr.empty()) {
+    row_key_ = h.row_keys.data() + h.row_key_ptr[t];
+    row_key_end_ = h.row_keys.data() + h.row_key_ptr[t + 1];
+    row_mask_ = h.row_masks.data() + h.row_key_ptr[t];
+  }
   if (next_key_ > 0) {  // a window or a later split: do not walk there
     columns_.at = std::partition_point(columns_.at, columns_.end,
                                        [&](const key_range& r) { return r.end <= next_key_; });
     ranges_.at = std::partition_point(ranges_.at, ranges_.end,
                                       [&](const key_range& r) { return r.end <= next_key_; });
     token_ = std::lower_bound(token_, token_end_, next_key_);
+    const token_t* const row_key = std::lower_bound(row_key_, row_key_end_, next_key_);
+    row_mask_ += row_key - row_key_;
+    row_key_ = row_key;
   }
+  row_key_end_ = std::lower_bound(row_key_, row_key_end_, end_key_);
+  only_row_keys_ = h.distances.empty() && columns_.at == columns_.end &&
+                   ranges_.at == ranges_.end && token_ == token_end_;
   if (!h.distances.empty()) {
     distance_bits_ = h.distance_bits.data();
     last_bit_ = h.distances.back().end - 1 + distance_bit_offset;
@@ -171,9 +188,13 @@ inline bool tile_cursor::next_segment() {
   columns_.skip_before(next_key_);
   ranges_.skip_before(next_key_);
   while (token_ != token_end_ && *token_ < next_key_) ++token_;
+  while (row_key_ != row_key_end_ && *row_key_ < next_key_) {
+    ++row_key_;
+    ++row_mask_;
+  }
   while (hull_.end <= next_key_) advance_hull();
 
-  // Keys for all rows come before keys by distance at the same place.
+  // Keys for all rows come before others at the same place.
   key_range whole = {no_key, no_key};
   const auto consider = [&](key_range r) {
     r.begin = std::max(r.begin, next_key_);
@@ -184,10 +205,19 @@ inline bool tile_cursor::next_segment() {
   if (token_ != token_end_) consider({*token_, *token_ + 1});
   const token_t hull_begin = std::max(hull_.begin, next_key_);
 
-  if (std::min(whole.begin, hull_begin) >= end_key_) return false;
-  segment_by_distance_ = hull_begin < whole.begin && !cover_;
-  segment_ = hull_begin < whole.begin ? key_range{hull_begin, std::min(hull_.end, whole.begin)}
-                                      : whole;
+  const token_t row_key = row_key_ != row_key_end_ ? *row_key_ : no_key;
+  const token_t partial_begin = std::min(hull_begin, row_key);
+  if (std::min(whole.begin, partial_begin) >= end_key_) return false;
+  segment_partial_ = partial_begin < whole.begin && !(cover_ && hull_begin == partial_begin);
+  segment_mask_ = 0;
+  if (partial_begin >= whole.begin) {
+    segment_ = whole;
+  } else if (row_key == partial_begin) {  // on a diagonal or not
+    segment_ = {row_key, row_key + 1};
+    segment_mask_ = *row_mask_;
+  } else {
+    segment_ = {hull_begin, std::min({hull_.end, whole.begin, row_key})};
+  }
   segment_.end = std::min(segment_.end, end_key_);
   next_key_ = segment_.end;
   return true;
@@ -195,15 +225,25 @@ inline bool tile_cursor::next_segment() {
 
 inline bool tile_cursor::next(key_chunk& chunk) {
   index_t count = 0;
-  bool any_by_distance = false;
-  while (count < max_chunk_keys) {
+  bool any_partial = false;
+  if (only_row_keys_) {  // the usual case, without a segment for each key
+    count = std::min<index_t>(max_chunk_keys, row_key_end_ - row_key_);
+    std::copy_n(row_key_, count, chunk.keys.begin());
+    std::copy_n(row_mask_, count, chunk.row_mask.begin());
+    std::fill_n(chunk.partial.begin(), count, true);
+    row_key_ += count;
+    row_mask_ += count;
+    any_partial = true;
+  }
+  while (count < max_chunk_keys && !only_row_keys_) {
     if (segment_.empty() && !next_segment()) break;
     const index_t take = std::min(segment_.size(), max_chunk_keys - count);
     for (index_t i = 0; i < take; ++i) {
       chunk.keys[static_cast<std::size_t>(count + i)] = static_cast<token_t>(segment_.begin + i);
-      chunk.by_distance[static_cast<std::size_t>(count + i)] = segment_by_distance_;
+      chunk.partial[static_cast<std::size_t>(count + i)] = segment_partial_;
+      chunk.row_mask[static_cast<std::size_t>(count + i)] = segment_mask_;
     }
-    any_by_distance |= segment_by_distance_;
+    any_partial |= segment_partial_;
     count += take;
     segment_.begin = static_cast<token_t>(segment_.begin + take);
   }
@@ -227,7 +267,7 @@ inline bool tile_cursor::next(key_chunk& chunk) {
       sub.begin = sub.end = 0;
       continue;
     }
-    sub.masked = any_by_distance || keys[sub.begin] < of_bottom.begin ||
+    sub.masked = any_partial || keys[sub.begin] < of_bottom.begin ||
                  keys[sub.end - 1] >= of_top.end;
     if (sub.masked) mask_sub_tile(chunk, s);
   }
@@ -237,7 +277,7 @@ inline bool tile_cursor::next(key_chunk& chunk) {
 /// Bit r: the distance of row position + r to the key is selected.
 inline std::uint16_t tile_cursor::distance_mask(token_t position, token_t key) const {
   const index_t bit = index_t{position} - key + distance_bit_offset;
-  if (bit > last_bit_) return 0;
+  if (bit < 0 || bit > last_bit_) return 0;  // last_bit_ is -1 without distances
   const std::uint64_t low = distance_bits_[bit >> 6] >> (bit & 63);
   const std::uint64_t high = distance_bits_[(bit >> 6) + 1] << 1 << (63 - (bit & 63));
   return static_cast<std::uint16_t>(low | high);
@@ -254,14 +294,10 @@ inline void tile_cursor::mask_sub_tile(key_chunk& chunk, index_t s) const {
   unsigned common = all;
   for (index_t i = sub.begin; i < sub.end; ++i) {
     const token_t key = chunk.keys[static_cast<std::size_t>(i)];
-    unsigned mask = all;
-    // Rows before the key's own position do not see it, unless it belongs to the prefix.
-    if (legal_->causal && key > top && key >= legal_->prefix) mask &= all << (key - top);
-    if (legal_->window > 0) {
-      const index_t visible = index_t{key} + legal_->window - top;  // rows [0, visible) see it
-      if (visible < rows) mask &= (1u << std::max<index_t>(visible, 0)) - 1;
+    unsigned mask = legal_->rows_that_see(key, top, rows);
+    if (chunk.partial[static_cast<std::size_t>(i)]) {
+      mask &= unsigned{distance_mask(top, key)} | chunk.row_mask[static_cast<std::size_t>(i)];
     }
-    if (chunk.by_distance[static_cast<std::size_t>(i)]) mask &= distance_mask(top, key);
     common &= mask;
     masks[i] = static_cast<std::uint16_t>(mask * repeat_);
   }

@@ -33,6 +33,9 @@ struct tile_grid {
             static_cast<token_t>(std::min<index_t>(begin + rows, limit))};
   }
 
+  /// The tile that a row belongs to.
+  constexpr index_t tile_of(index_t row) const { return tiles(row + 1) - 1; }
+
   /// The same tiles, with the height that they really have.
   constexpr tile_grid fitted() const {
     return {period > 0 ? std::min(rows, period) : rows, period};

@@ -5,32 +5,30 @@
 
 namespace sattn::simd {
 
-/// e^x for x <= 0: exactly 1 at 0, exactly 0 at -inf and below -87.34, NaN for NaN.
+/// e^x for x <= 0: exactly 1 at 0, exactly 0 at -inf and below -87.69, NaN for NaN.
 ///
 /// Accuracy: relative error below 2^-22 + 1.25 * 2^-24 |x| (the second term is the rounding of
-/// log2(e) and of its product with x); tests/simd/exp_test.cpp holds the bound. Results below
-/// FLT_MIN are 0, never subnormal: a subnormal costs a hundred cycles on some CPUs.
+/// log2(e) and of its product with x) down to FLT_MIN; tests/simd/exp_test.cpp holds the bound. What
+/// is smaller becomes 0 but for a strip of a third of a unit, [-87.69, -87.33], of subnormals with
+/// an absolute error below FLT_MIN / 4: more of them would cost a hundred cycles each on some CPUs.
 ///
 /// 2^f on [-1/2, 1/2] is a minimax polynomial of degree 5 with relative error 2.1e-7.
 template <class Arch>
 SATTN_ALWAYS_INLINE vec<Arch> exp_nonpositive(vec<Arch> x) {
   using V = vec<Arch>;
-  using batch = typename V::batch;
-  const V scaled = x * V::broadcast(1.44269504088896341f);
-  // select, not max: max(constant, NaN) is the constant on some versions of xsimd.
-  // Below 2^-126 the exponent becomes -127, which stands for 0.
-  const V floor = V::broadcast(-126.0f);
-  const batch y = select_less(scaled, floor, V::broadcast(-127.0f), scaled).as_batch();
-  const auto exponent = xsimd::nearbyint_as_int(y);
-  const V f = V::of(y - xsimd::to_float(exponent));
+  const V y = floor_at(x * V::broadcast(1.44269504088896341f), -127.0f);
+  // Adding 1.5 * 2^23 rounds to a whole number, which then is the low bits of the sum: the exponent
+  // of the result with the bias of a float, where 0 stands for 0.
+  const V magic = V::broadcast(12582912.0f + 127.0f);
+  const V exponent = y + magic;
+  const V f = y - (exponent - magic);
   V p = V::broadcast(0.001327647198f);
   p = fma(p, f, V::broadcast(0.009675541334f));
   p = fma(p, f, V::broadcast(0.05550713274f));
   p = fma(p, f, V::broadcast(0.2402211972f));
   p = fma(p, f, V::broadcast(0.6931469671f));
   p = fma(p, f, V::broadcast(1.0f));
-  // (exponent + 127) << 23 is the float 2^exponent, and +0 for -127.
-  return V::of(xsimd::ldexp(p.as_batch(), exponent));
+  return p * power_of_two(exponent);
 }
 
 /// tanh(x); NaN for NaN.

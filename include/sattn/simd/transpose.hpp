@@ -50,4 +50,23 @@ SATTN_ALWAYS_INLINE void transpose<arch::avx2>(vec<arch::avx2> (&row)[8]) {
 }
 #endif
 
+/// sums[i] = the sum of the lanes of rows[i], each in the same order.
+template <class Arch, int N>
+SATTN_ALWAYS_INLINE void reduce_each(const vec<Arch> (&rows)[N], float* sums) {
+  unroll<N>([&](auto i) SATTN_INLINE_LAMBDA { sums[i] = reduce_add(rows[i]); });
+}
+
+#if defined(__AVX2__) && defined(__FMA__)
+SATTN_ALWAYS_INLINE void reduce_each(const vec<arch::avx2> (&rows)[8], float* sums) {
+  __m256 pair[4];
+  unroll<4>([&](auto i) SATTN_INLINE_LAMBDA {
+    pair[i] = _mm256_hadd_ps(rows[2 * i].reg, rows[2 * i + 1].reg);
+  });
+  const __m256 low = _mm256_hadd_ps(pair[0], pair[1]);
+  const __m256 high = _mm256_hadd_ps(pair[2], pair[3]);
+  const __m256 halves = _mm256_permute2f128_ps(low, high, 0x21);
+  _mm256_store_ps(sums, _mm256_add_ps(_mm256_blend_ps(low, high, 0xF0), halves));
+}
+#endif
+
 }  // namespace sattn::simd

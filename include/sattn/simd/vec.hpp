@@ -10,6 +10,10 @@
 #include <utility>
 #include <xsimd/xsimd.hpp>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace sattn::simd {
 
 namespace detail {
@@ -92,6 +96,29 @@ SATTN_ALWAYS_INLINE vec<Arch> fma(vec<Arch> a, vec<Arch> b, vec<Arch> c) {
 template <class Arch>
 SATTN_ALWAYS_INLINE vec<Arch> max(vec<Arch> a, vec<Arch> b) {
   return vec<Arch>::of(xsimd::max(a.as_batch(), b.as_batch()));
+}
+
+/// The larger of a lane and a constant; a NaN stays a NaN.
+template <class Arch>
+SATTN_ALWAYS_INLINE vec<Arch> floor_at(vec<Arch> a, float floor) {
+#if defined(__AVX2__) && defined(__FMA__)
+  // The instruction returns its second operand where one is a NaN.
+  if constexpr (std::is_same_v<Arch, arch::avx2>) {
+    return {_mm256_max_ps(_mm256_set1_ps(floor), a.reg)};
+  }
+#endif
+  const auto limit = typename vec<Arch>::batch(floor);
+  return vec<Arch>::of(xsimd::select(a.as_batch() < limit, limit, a.as_batch()));
+}
+
+/// The float whose exponent field is the low 8 bits of each lane and whose fraction is 0.
+template <class Arch>
+SATTN_ALWAYS_INLINE vec<Arch> power_of_two(vec<Arch> a) {
+  // Between registers, because xsimd's bitwise_cast has changed its template arguments.
+  using ints = typename vec<Arch>::int_batch;
+  using int_register = typename ints::register_type;
+  const int_register shifted = ints(__builtin_bit_cast(int_register, a.reg)) << 23;
+  return {__builtin_bit_cast(typename vec<Arch>::batch::register_type, shifted)};
 }
 
 template <class Arch>
