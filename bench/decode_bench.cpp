@@ -29,7 +29,8 @@ void add_cases(bool long_ones) {
                                "/n" + std::to_string(len) + "/",
                            {1, len, group, 1, static_cast<token_t>(len - 1)},
                            dim,
-                           smoke};
+                           smoke,
+                           dim};
     add_case(p, bench::dense_workload());
     add_case(p, bench::dense_workload(), bench::rival::serial);
     add_case(p, bench::dense_workload(), bench::rival::ours);

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Prefill of one sequence, 4 query heads on one kv head, on one thread.
+// Prefill of one sequence, causal, on one thread: 4 query heads on 1 kv head unless the name says
+// otherwise (g1: 1 query head). Without a filter, every case of docs/performance.md.
 
 #include <algorithm>
 #include <sattn/sattn.hpp>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -17,66 +19,181 @@ namespace {
 
 using bench::attention_shape;
 using bench::index_t;
+using bench::problem;
+using bench::rival;
 using bench::token_t;
 using bench::workload;
+using sattn::dtype;
 
-std::vector<workload> slash_workloads(const std::string& name, index_t runs, token_t run_size,
-                                      index_t columns) {
-  const auto pattern = [=](const attention_shape& s, unsigned) {
-    return bench::random_slashes(s.kv_len, runs, run_size, std::min(columns, s.kv_len / 2));
-  };
-  // Shorter tiles, whose lanes the four heads fill, and whole hulls.
-  return {{name, pattern},
-          {name + "/shared8", pattern, {.tile_rows = 8}},
-          {name + "/shared4", pattern, {.tile_rows = 4}},
-          {name + "/cover", pattern, {.rounding = sattn::rounding::cover}}};
+struct extents {
+  index_t dim;
+  index_t len;
+  index_t group = 4;
+  index_t v_dim = 0;  // 0 = dim
+  dtype type = dtype::f32;
+  bool smoke = false;
+};
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
 }
 
-std::vector<workload> sparse_workloads() {
-  std::vector<workload> all{bench::window_workload()};
-  for (const std::string density : {"0.5", "0.25", "0.125"}) {
-    all.push_back({"block64/density" + density, [=](const attention_shape& s, unsigned seed) {
-                     return bench::random_blocks(s, 64, 64, std::stod(density), s.q_heads, seed);
-                   }});
-  }
-  for (auto [name, runs, run_size, columns] :
-       {std::tuple{"isolated", 64, 1, 64}, {"runs16", 16, 16, 256}, {"runs64", 8, 64, 512}}) {
-    for (workload& w :
-         slash_workloads(std::string("vertical_slash_") + name, runs, run_size, columns)) {
-      all.push_back(std::move(w));
-    }
-  }
-  for (const index_t count : {64, 128, 256, 512}) {
-    const std::string name = "token_lists/k" + std::to_string(count);
-    all.push_back({name, [=](const attention_shape& s, unsigned) {
-                     return bench::random_tokens(s, count, s.q_heads);
-                   }});
-    all.push_back({name + "/shared", [=](const attention_shape& s, unsigned) {
-                     return bench::random_tokens(s, count, 1);
-                   }});
-  }
-  return all;
+problem prefill(const extents& e) {
+  const index_t v_dim = e.v_dim == 0 ? e.dim : e.v_dim;
+  const std::string width = v_dim == e.dim ? text(e.dim) : text(e.dim, '_', v_dim);
+  const std::string group = e.group == 4 ? "" : text("/g", e.group);
+  return {text("prefill/", sattn::name_of(e.type), "/d", width, group, "/n", e.len, '/'), {e.len, e.len, e.group, 1, 0}, e.dim, e.smoke, v_dim, e.type};
 }
 
-void add_cases(bool long_ones) {
-  const auto add = [sparse = sparse_workloads()](index_t dim, index_t len, bool smoke) {
-    const bench::problem p{"prefill/f32/d" + std::to_string(dim) + "/n" + std::to_string(len) + "/",
-                           {len, len, 4, 1, 0},
-                           dim,
-                           smoke};
-    add_case(p, bench::dense_workload());
-    add_case(p, bench::dense_workload(), bench::rival::serial);
-    add_case(p, bench::dense_workload(), bench::rival::ours);
-    for (const workload& w : sparse) add_case(p, w);
-    add_case(p, sparse[2], bench::rival::serial);
-  };
-  add(64, 256, true);
-  for (const index_t dim : {64, 128}) {
-    for (const index_t len : {1024, 4096, 8192}) add(dim, len, false);
-    for (const index_t len : {16384, 32768}) {
-      if (long_ones) add(dim, len, false);
+/// One list for each query head, or one for all.
+workload blocks(token_t size, const std::string& density, bool shared) {
+  return {text("block", size, "/density", density, shared ? "/shared" : ""),
+          [=](const attention_shape& s, unsigned seed) {
+            return bench::random_blocks(s, size, size, std::stod(density), shared ? 1 : s.q_heads,
+                                        seed);
+          }};
+}
+
+struct slash_kind {
+  const char* name;
+  index_t runs;
+  token_t run_size;
+  index_t columns;
+};
+constexpr slash_kind slash_kinds[] = {
+    {"isolated", 64, 1, 64}, {"runs16", 16, 16, 256}, {"runs64", 8, 64, 512}};
+
+workload slashes(const slash_kind& kind, bool shared, sattn::plan_options options = {},
+                 const std::string& variant = "") {
+  return {text("vertical_slash_", kind.name, shared ? "/shared" : "", variant),
+          [=](const attention_shape& s, unsigned) -> sattn::any_pattern {
+            const auto of_head = [&](unsigned seed) {
+              return bench::random_slashes(s.kv_len, kind.runs, kind.run_size,
+                                           std::min(kind.columns, s.kv_len / 2), seed);
+            };
+            if (shared) return of_head(1);
+            sattn::per_head heads;
+            for (index_t h = 0; h < s.q_heads; ++h) {
+              heads.patterns.emplace_back(of_head(static_cast<unsigned>(h + 1)));
+            }
+            return heads;
+          },
+          options};
+}
+
+workload lists(index_t count, bool shared) {
+  return {text("token_lists/k", count, shared ? "/shared" : ""),
+          [=](const attention_shape& s, unsigned) {
+            return bench::random_tokens(s, count, shared ? 1 : s.q_heads);
+          }};
+}
+
+workload alike_lists(index_t count, const std::string& overlap, bool shared) {
+  return {text("token_lists/k", count, "/overlap", overlap, shared ? "/shared" : ""),
+          [=](const attention_shape& s, unsigned) {
+            return bench::alike_tokens(s, count, std::stod(overlap), shared ? 1 : s.q_heads);
+          }};
+}
+
+void add_sparse(const problem& p) {
+  for (const token_t window : {256, 512, 1024, 2048}) add_case(p, bench::window_workload(window));
+  for (const token_t size : {16, 32, 64, 128}) {
+    for (const char* density : {"0.5", "0.25", "0.125", "0.0625"}) {
+      add_case(p, blocks(size, density, false));
+      if (p.shape.q_heads > 1) add_case(p, blocks(size, density, true));
     }
   }
+}
+
+void add_slashes(const problem& p) {
+  for (const slash_kind& kind : slash_kinds) {
+    add_case(p, slashes(kind, false));
+    add_case(p, slashes(kind, true));
+    add_case(p, slashes(kind, false, {.tile_rows = 64, .rounding = sattn::rounding::cover},
+                        "/cover64"));
+  }
+}
+
+void add_lists(const problem& p) {
+  for (const bool shared : {false, true}) {
+    for (const index_t count : {64, 128, 256, 512, 1024, 2048}) add_case(p, lists(count, shared));
+    for (const index_t count : {64, 256}) {
+      add_case(p, lists(count, shared), rival::rows);
+      for (const char* overlap : {"0.5", "0.75", "0.9"}) {
+        add_case(p, alike_lists(count, overlap, shared));
+        add_case(p, alike_lists(count, overlap, shared), rival::rows);
+      }
+    }
+  }
+}
+
+/// One of each pattern.
+std::vector<workload> samples() {
+  return {bench::dense_workload(),  bench::window_workload(), blocks(64, "0.125", false),
+          slashes(slash_kinds[0], false), slashes(slash_kinds[0], true), lists(256, false)};
+}
+
+void add_smoke() {
+  for (const dtype type : {dtype::f32, dtype::f16, dtype::bf16}) {
+    const problem p = prefill({.dim = 64, .len = 256, .type = type, .smoke = true});
+    for (const workload& w : samples()) add_case(p, w, type == dtype::f32 ? rival::dense : rival::f32);
+  }
+  const problem p = prefill({.dim = 64, .len = 256, .smoke = true});
+  add_case(p, bench::dense_workload(), rival::ours);
+  add_case(p, slashes(slash_kinds[2], false, {.tile_rows = 64, .rounding = sattn::rounding::cover},
+                      "/cover64"));
+  add_case(p, alike_lists(64, "0.75", true), rival::rows);
+  for (const workload& w : samples()) add_case(p, w, rival::serial);
+}
+
+void add_cases(bool) {
+  add_smoke();
+
+  // Dense: every length, shape and group.
+  for (const index_t dim : {128, 64}) {
+    for (const index_t len : {16, 64, 256, 512, 1024, 4096, 8192, 32768}) {
+      add_case(prefill({.dim = dim, .len = len}), bench::dense_workload(), rival::none);
+    }
+    for (const index_t len : {16, 32, 64, 128, 256, 512, 1024, 4096}) {
+      add_case(prefill({.dim = dim, .len = len}), bench::dense_workload(), rival::ours);
+    }
+  }
+  for (const auto& [dim, v_dim] : {std::pair<index_t, index_t>{80, 80}, {96, 96}, {192, 128},
+                                   {256, 256}}) {
+    add_case(prefill({.dim = dim, .len = 4096, .v_dim = v_dim}), bench::dense_workload(),
+             rival::none);
+  }
+  for (const index_t group : {1, 3, 8}) {
+    add_case(prefill({.dim = 128, .len = 4096, .group = group}), bench::dense_workload(),
+             rival::none);
+  }
+
+  // Patterns.
+  for (const index_t dim : {128, 64}) {
+    const problem p = prefill({.dim = dim, .len = 8192});
+    add_sparse(p);
+    add_slashes(p);
+    add_lists(p);
+  }
+  add_sparse(prefill({.dim = 128, .len = 8192, .group = 1}));
+
+  // Storage types, threads, memory.
+  for (const dtype type : {dtype::f16, dtype::bf16}) {
+    for (const workload& w : samples()) {
+      add_case(prefill({.dim = 128, .len = 8192, .type = type}), w, rival::f32);
+    }
+  }
+  for (const index_t len : {4096, 8192}) {
+    for (const workload& w : samples()) {
+      add_case(prefill({.dim = 128, .len = len}), w, rival::serial);
+    }
+  }
+  const problem longest = prefill({.dim = 128, .len = 131072, .group = 1});
+  add_case(longest, bench::window_workload(1024), rival::none);
+  add_case(longest, slashes(slash_kinds[0], true), rival::none);
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
 //
 // A case is a problem, a workload and a rival. gflops counts the selected pairs, gflops_executed
 // those computed; so does peak_fraction, but for plans of all legal pairs. density is executed /
-// legal pairs, vs_dense = time / (time of dense x density): 1 if skipping costs nothing.
+// legal pairs, vs_dense = time / (time of dense x density): 1 if skipping costs nothing. speedup is
+// over dense, planning left out; speedup_planned has it in.
 #pragma once
 
 #include <benchmark/benchmark.h>
@@ -26,6 +27,8 @@ struct problem {
   attention_shape shape;
   index_t dim;
   bool smoke = false;
+  index_t v_dim;
+  sattn::dtype kv_type = sattn::dtype::f32;
 
   bool decode() const { return shape.q_len == 1; }
   /// Calls of decoding go round so many caches that none is still in the processor's.
@@ -44,6 +47,9 @@ struct workload {
 
 enum class rival {
   dense,   // times the workload; the reference is dense attention
+  none,    // times the workload, that is all
+  rows,    // times the workload; the reference is the same in tiles of single rows
+  f32,     // times the workload; the reference is the same over f32 K and V
   serial,  // times the workload on two threads; the reference is one thread
   ours,    // times Eigen; the reference is our dense attention
 };
@@ -54,7 +60,7 @@ struct session {
   sattn::context ctx{executor};
   index_t cache_begin = 0;
 
-  explicit session(const problem& p) : t(p.shape, p.dim, p.caches()) {}
+  explicit session(const problem& p) : t(p.shape, p.dim, p.v_dim, p.caches(), p.kv_type) {}
 
   void plan(sattn::attention_plan& plan, const sattn::any_pattern& pattern,
             const sattn::plan_options& options) {
@@ -70,7 +76,17 @@ struct session {
     if (cache_begin + t.shape.kv_len > t.kv_tokens) cache_begin = 0;
   }
   void attend(sattn::context& with, const sattn::attention_plan& plan) {
-    sattn::attend(with, plan, t.q_view(), t.kv(cache_begin), t.out_view());
+    attend(with, plan, t.kv_type);
+  }
+  void attend(sattn::context& with, const sattn::attention_plan& plan, sattn::dtype type) {
+    sattn::attend(with, plan, t.q_view(), t.kv(cache_begin, type), t.out_view());
+  }
+  double workspace_mib(const sattn::attention_plan& plan, std::size_t pack_bytes) {
+    sattn::attention_options options;
+    options.pack_bytes = pack_bytes;
+    return static_cast<double>(workspace_bytes(ctx, plan, t.q_view(), t.kv(0, t.kv_type),
+                                               t.out_view(), options)) /
+           (1 << 20);
   }
 };
 
@@ -79,7 +95,7 @@ inline void report(benchmark::State& state, const problem& p, const timings& t,
                    const sattn::plan_stats& stats, index_t threads) {
   const double seconds = median(t.run);
   const double best = *std::min_element(t.run.begin(), t.run.end());
-  const double flops = 4.0 * static_cast<double>(p.dim);  // of one pair: q k and p v
+  const double flops = 2.0 * static_cast<double>(p.dim + p.v_dim);  // of one pair: q k and p v
   const double useful = flops * static_cast<double>(stats.selected);
   const double executed = flops * static_cast<double>(stats.executed);
   const double rated = stats.selected == stats.legal ? useful : executed;
@@ -111,13 +127,24 @@ inline void run_case(benchmark::State& state, const problem& p, const workload& 
   sattn::attention_plan plan;
   unsigned round = 0;
   sattn::any_pattern pattern = w.pattern(p.shape, round);
-  s.plan(dense, sattn::dense{}, {});
   s.plan(plan, pattern, w.options);
+  if (against == rival::dense || against == rival::ours) {
+    s.plan(dense, sattn::dense{}, {});
+  } else if (against == rival::rows) {
+    s.plan(dense, pattern, {.tile_rows = 1});
+  } else if (against != rival::none) {
+    s.plan(dense, pattern, w.options);
+  }
   row_matrix scores;
   index_t block_rows = 64;
   const auto eigen = [&] { eigen_attention(s.t, s.cache_begin, block_rows, scores); };
 
-  timed_case c{.reference = [&] { s.attend(s.ctx, against == rival::serial ? plan : dense); },
+  const auto reference = [&] {
+    if (against != rival::none) {
+      s.attend(s.ctx, dense, against == rival::f32 ? sattn::dtype::f32 : p.kv_type);
+    }
+  };
+  timed_case c{.reference = reference,
                .from_memory = p.decode(),
                .smoke = p.smoke};
   if (against == rival::dense) c.plan = [&] { s.plan(plan, pattern, w.options); };
@@ -148,19 +175,28 @@ inline void run_case(benchmark::State& state, const problem& p, const workload& 
   const timings t = measure(state, c);
   const double ratio = median(t.ratio);
   report(state, p, t, plan.stats(), threads);
+  state.counters["plan_mib"] = static_cast<double>(plan.bytes()) / (1 << 20);
+  if (!p.decode()) {
+    state.counters["workspace_mib"] = s.workspace_mib(plan, sattn::attention_options{}.pack_bytes);
+    state.counters["workspace_unpacked_mib"] = s.workspace_mib(plan, 0);
+  }
   if (against == rival::ours) state.counters["vs_eigen"] = ratio;
+  if (against == rival::rows) state.counters["vs_rows"] = 1 / ratio;
+  if (against == rival::f32) state.counters["vs_f32"] = 1 / ratio;
   if (against == rival::serial) state.counters["thread_speedup"] = 1 / ratio;
   if (against == rival::dense) {
     state.counters["speedup"] = 1 / ratio;
     state.counters["vs_dense"] = ratio / plan.stats().density_executed();
-    state.counters["plan_share"] = median(t.plan) / (median(t.plan) + median(t.run));
+    const double planned = median(t.plan) + median(t.run);
+    state.counters["plan_share"] = median(t.plan) / planned;
+    state.counters["speedup_planned"] = median(t.run) / planned / ratio;
   }
 }
 
 inline void add_case(const problem& p, const workload& w, rival against = rival::dense) {
   const std::string name = p.name + (against == rival::ours ? "eigen" : w.name) +
                            (against == rival::serial ? "/threads2" : "") +
-                           (p.smoke ? "/smoke" : "");
+                           (against == rival::rows ? "/vs_rows" : "") + (p.smoke ? "/smoke" : "");
   benchmark::RegisterBenchmark(name.c_str(), [=](auto& state) { run_case(state, p, w, against); })
       ->Unit(benchmark::kMillisecond);
 }
@@ -168,9 +204,11 @@ inline void add_case(const problem& p, const workload& w, rival against = rival:
 inline workload dense_workload() {
   return {"dense", [](const attention_shape&, unsigned) { return sattn::dense{}; }};
 }
-inline workload window_workload() {
-  const auto pattern = [](const attention_shape&, unsigned) { return sattn::sliding_window{1024}; };
-  return {"window1024", pattern, {}, 1024};
+inline workload window_workload(token_t window = 1024) {
+  const auto pattern = [=](const attention_shape&, unsigned) {
+    return sattn::sink{4} | sattn::sliding_window{window};
+  };
+  return {"window" + std::to_string(window), pattern, {}, window};
 }
 
 }  // namespace bench

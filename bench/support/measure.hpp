@@ -51,7 +51,11 @@ inline timings measure(benchmark::State& state, const timed_case& c) {
   timings{}.add_round(c);
   timings t;
   double spent = 0;
-  for (int i = 0; i < (c.smoke ? 1 : 5) || (spent < 2 && !c.smoke); ++i) {
+  const auto enough = [&](int rounds) {
+    if (c.smoke) return rounds == 1;
+    return rounds >= (spent > 10 ? 3 : 5) && spent > 1;
+  };
+  for (int i = 0; !enough(i); ++i) {
     spent += seconds_of([&] { t.add_round(c); });
   }
   for (auto _ : state) c.run();

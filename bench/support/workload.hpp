@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <random>
 #include <sattn/sattn.hpp>
 #include <vector>
@@ -30,31 +31,59 @@ inline std::vector<float> random_floats(index_t count, unsigned seed) {
 struct tensors {
   attention_shape shape;
   index_t dim;
+  index_t v_dim;
   index_t kv_tokens;
   std::vector<float> q, k, v, out;
+  sattn::dtype kv_type = sattn::dtype::f32;
+  std::vector<std::uint16_t> k_half, v_half;  // the same in kv_type
 
-  tensors(const attention_shape& s, index_t head_dim, index_t caches)
+  tensors(const attention_shape& s, index_t head_dim, index_t value_dim, index_t caches,
+          sattn::dtype type)
       : shape(s),
         dim(head_dim),
+        v_dim(value_dim),
         kv_tokens(caches * s.kv_len),
         q(random_floats(s.q_len * s.q_heads * dim, 1)),
         k(random_floats(kv_tokens * s.kv_heads * dim, 2)),
-        v(random_floats(kv_tokens * s.kv_heads * dim, 3)),
-        out(q.size()) {}
+        v(random_floats(kv_tokens * s.kv_heads * v_dim, 3)),
+        out(static_cast<std::size_t>(s.q_len * s.q_heads * v_dim)),
+        kv_type(type) {
+    if (type == sattn::dtype::f32) return;
+    const auto rounded = [&](const std::vector<float>& x) {
+      std::vector<std::uint16_t> half;
+      for (const float value : x) {
+        half.push_back(type == sattn::dtype::f16 ? sattn::to_f16(value).bits
+                                                 : sattn::to_bf16(value).bits);
+      }
+      return half;
+    };
+    k_half = rounded(k);
+    v_half = rounded(v);
+  }
 
   sattn::tensor_view<const float> q_view() const {
     return sattn::nhd(q.data(), shape.q_len, shape.q_heads, dim);
   }
   sattn::tensor_view<float> out_view() {
-    return sattn::nhd(out.data(), shape.q_len, shape.q_heads, dim);
+    return sattn::nhd(out.data(), shape.q_len, shape.q_heads, v_dim);
   }
-  /// The cache that starts at token `begin`.
-  sattn::kv_view kv(index_t begin) const {
-    const auto cache = [&](const std::vector<float>& x) {
-      return sattn::nhd(x.data(), kv_tokens, shape.kv_heads, dim)
-          .slice(begin, begin + shape.kv_len);
+  /// The cache that starts at token `begin`, stored as `type`.
+  sattn::kv_view kv(index_t begin, sattn::dtype type) const {
+    const auto cache = [&](const auto* x, index_t width) {
+      return sattn::nhd(x, kv_tokens, shape.kv_heads, width).slice(begin, begin + shape.kv_len);
     };
-    return sattn::kv(cache(k), cache(v));
+    const auto pair = [&](const auto* keys, const auto* values) {
+      return sattn::kv(cache(keys, dim), cache(values, v_dim));
+    };
+    using sattn::bf16;
+    using sattn::f16;
+    if (type == sattn::dtype::f32) return pair(k.data(), v.data());
+    if (type == sattn::dtype::f16) {
+      return pair(reinterpret_cast<const f16*>(k_half.data()),
+                  reinterpret_cast<const f16*>(v_half.data()));
+    }
+    return pair(reinterpret_cast<const bf16*>(k_half.data()),
+                reinterpret_cast<const bf16*>(v_half.data()));
   }
 };
 
@@ -81,8 +110,8 @@ inline sattn::block_lists random_blocks(const attention_shape& shape, token_t q_
 
 /// 64 local distances, and at random `runs` runs of `run_size` distances and `columns` keys.
 inline sattn::vertical_slash random_slashes(index_t kv_len, index_t runs, token_t run_size,
-                                            index_t columns) {
-  generator random(1);
+                                            index_t columns, unsigned seed = 1) {
+  generator random(seed);
   sattn::vertical_slash pattern;
   for (token_t d = 0; d < 64; ++d) pattern.distances.push_back(d);
   for (index_t i = 0; i < runs; ++i) {
@@ -102,6 +131,31 @@ inline sattn::token_lists random_tokens(const attention_shape& shape, index_t co
     const index_t legal = shape.position(i % shape.q_len) + 1;
     for (token_t n = 0; n < std::min(count, legal); ++n) {
       lists.tokens.push_back(legal <= count ? n : below(random, legal));
+    }
+    lists.indptr.push_back(std::ssize(lists.tokens));
+  }
+  return lists;
+}
+
+/// A list for every query row and set, in which a share `overlap` of the keys are those of the 16
+/// rows around and the others random; all legal.
+inline sattn::token_lists alike_tokens(const attention_shape& shape, index_t count, double overlap,
+                                       index_t sets) {
+  generator random(1);
+  sattn::token_lists lists{1, {0}, {}, sets};
+  const auto common = static_cast<index_t>(overlap * static_cast<double>(count));
+  std::vector<token_t> shared;
+  for (index_t i = 0; i < sets * shape.q_len; ++i) {
+    const index_t row = i % shape.q_len;
+    if (row % 16 == 0) {
+      shared.clear();
+      for (index_t n = 0; n < common; ++n) {
+        shared.push_back(below(random, shape.position(row) + 1));
+      }
+    }
+    lists.tokens.insert(lists.tokens.end(), shared.begin(), shared.end());
+    for (index_t n = common; n < count; ++n) {
+      lists.tokens.push_back(below(random, shape.position(row) + 1));
     }
     lists.indptr.push_back(std::ssize(lists.tokens));
   }

@@ -117,8 +117,8 @@ TEST(any_of, has_the_sets_and_the_tiles_of_both) {
   EXPECT_EQ((z.lists | z.shared_blocks).heads(), 2);
   EXPECT_EQ((z.shared_blocks | z.lists | z.blocks).heads(), 4);
   EXPECT_EQ((sink{} | sliding_window{}).heads(), 1);
-  EXPECT_EQ((z.blocks | z.lists).grid(), (tile_grid{12, 12}));
-  EXPECT_EQ((z.blocks | z.slashes).grid(), (tile_grid{16, 24}));
+  EXPECT_EQ((z.blocks | z.lists).grid(1), (tile_grid{12, 12}));
+  EXPECT_EQ((z.blocks | z.slashes).grid(1), (tile_grid{16, 24}));
 }
 
 TEST(any_of, with_dense_is_dense) {
@@ -139,7 +139,7 @@ TEST(any_pattern, is_the_pattern_it_was_made_of) {
   random_source random;
   const zoo z(random);
   EXPECT_EQ(any_pattern(z.blocks).heads(), 4);
-  EXPECT_EQ(any_pattern(z.blocks).grid(), z.blocks.grid());
+  EXPECT_EQ(any_pattern(z.blocks).grid(1), z.blocks.grid());
   EXPECT_EQ(masks_of(plan_of(shape, any_pattern(z.blocks))), masks_of(plan_of(shape, z.blocks)));
   const any_pattern copy = any_pattern(z.lists | z.slashes);
   EXPECT_EQ(masks_of(plan_of(shape, copy)), masks_of(plan_of(shape, z.lists | z.slashes)));

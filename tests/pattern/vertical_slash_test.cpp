@@ -120,9 +120,27 @@ TEST(vertical_slash, neighbours_become_runs) {
   EXPECT_EQ(plan.head(0).distances, (std::vector<key_range>{{0, 2}, {7, 8}}));
 }
 
-TEST(vertical_slash, tiles_are_short_only_where_there_are_slashes) {
-  EXPECT_EQ(plan_of(aligned_shape(50, 50), vertical_slash{{1}, {2}}).grid().rows, 16);
-  EXPECT_EQ(plan_of(aligned_shape(50, 50), vertical_slash{{1}, {}}).grid().rows, 128);
+// Short tiles for isolated diagonals, shorter ones where heads that share the list fill the lanes,
+// tall ones where there are no diagonals or where they cover most of a tall tile anyway.
+TEST(vertical_slash, tiles_are_as_short_as_it_pays) {
+  const auto rows = [](const vertical_slash& pattern, index_t q_heads) {
+    return plan_of(aligned_shape(5000, 5000, q_heads), pattern).grid().rows;
+  };
+  vertical_slash isolated, runs, all;
+  for (token_t d = 0; d < 5000; ++d) {
+    if (d < 64 || d % 100 == 99) isolated.distances.push_back(d);
+    if (d % 600 < 64) runs.distances.push_back(d);
+    if (d % 50 != 7) all.distances.push_back(d);
+  }
+  EXPECT_EQ(rows(isolated, 1), 16);
+  EXPECT_EQ(rows(isolated, 2), 8);
+  EXPECT_EQ(rows(isolated, 4), 4);
+  EXPECT_EQ(rows(runs, 1), 16);
+  EXPECT_EQ(rows(runs, 4), 8);
+  EXPECT_EQ(rows(all, 4), 64);
+  std::reverse(isolated.distances.begin(), isolated.distances.end());
+  EXPECT_EQ(rows(isolated, 4), 4);
+  EXPECT_EQ(rows({{1}, {}}, 4), 128);
 }
 
 TEST(vertical_slash, of_everything_is_dense) {

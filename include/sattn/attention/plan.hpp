@@ -152,7 +152,7 @@ void plan_prefill_into(context& ctx, attention_plan& plan, const attention_shape
           options.tile_rows, ", expected 1 to ", max_tile_rows, ", or 0 for the pattern's choice");
   plan_data& data = plan_access::data(plan);
   const head_map map = detail::map_for(shape, pattern_heads(pattern));
-  tile_grid grid = pattern_grid(pattern);
+  tile_grid grid = pattern_grid(pattern, sharing_heads(shape, map));
   require(grid.rows >= 1 && grid.rows <= max_tile_rows && grid.period >= 0,
           "plan_prefill: the pattern asks for tiles of ", grid.rows, " rows and period ",
           grid.period);
@@ -193,7 +193,7 @@ void plan_decode_into(context& ctx, attention_plan& plan, const attention_shape&
   const tile_grid short_tiles{static_cast<token_t>(sub_tile_rows), 0};
   plan_data& data = plan_access::data(plan);
   const head_map map = detail::map_for(shape, pattern_heads(pattern));
-  data.grid = pattern_grid(pattern) & short_tiles;
+  data.grid = pattern_grid(pattern, sharing_heads(shape, map)) & short_tiles;
   require(data.grid.rows >= 1, "plan_decode: the pattern asks for tiles of ", data.grid.rows,
           " rows");
   data.shape = shape;

@@ -3,7 +3,7 @@
 
 #include <sattn/plan/plan_writer.hpp>
 
-#include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -16,7 +16,9 @@ struct any_of {
   B second;
 
   index_t heads() const { return std::max(pattern_heads(first), pattern_heads(second)); }
-  tile_grid grid() const { return pattern_grid(first) & pattern_grid(second); }
+  tile_grid grid(index_t sharing_heads) const {
+    return pattern_grid(first, sharing_heads) & pattern_grid(second, sharing_heads);
+  }
   void emit(const plan_scope& scope, plan_writer& writer) const {
     first.emit(scope, writer);
     second.emit(scope, writer);
@@ -35,19 +37,32 @@ class any_pattern {
     requires(!std::same_as<P, any_pattern>)
   any_pattern(P pattern)  // NOLINT(google-explicit-constructor): a list of patterns converts
       : heads_(pattern_heads(pattern)),
-        grid_(pattern_grid(pattern)),
-        emit_([p = std::move(pattern)](const plan_scope& scope, plan_writer& writer) {
-          p.emit(scope, writer);
-        }) {}
+        pattern_(std::make_shared<model<P>>(std::move(pattern))) {}
 
   index_t heads() const { return heads_; }
-  tile_grid grid() const { return grid_; }
-  void emit(const plan_scope& scope, plan_writer& writer) const { emit_(scope, writer); }
+  tile_grid grid(index_t sharing_heads) const { return pattern_->grid(sharing_heads); }
+  void emit(const plan_scope& scope, plan_writer& writer) const { pattern_->emit(scope, writer); }
 
  private:
+  struct interface {
+    virtual ~interface() = default;
+    virtual tile_grid grid(index_t sharing_heads) const = 0;
+    virtual void emit(const plan_scope& scope, plan_writer& writer) const = 0;
+  };
+  template <class P>
+  struct model final : interface {
+    P pattern;
+    explicit model(P p) : pattern(std::move(p)) {}
+    tile_grid grid(index_t sharing_heads) const override {
+      return pattern_grid(pattern, sharing_heads);
+    }
+    void emit(const plan_scope& scope, plan_writer& writer) const override {
+      pattern.emit(scope, writer);
+    }
+  };
+
   index_t heads_;
-  tile_grid grid_;
-  std::function<void(const plan_scope&, plan_writer&)> emit_;
+  std::shared_ptr<const interface> pattern_;  // copies share it: patterns do not change
 };
 
 /// A different pattern for each head: kv_heads or q_heads of them.
@@ -56,9 +71,9 @@ struct per_head {
   std::vector<any_pattern> patterns;
 
   index_t heads() const { return static_cast<index_t>(patterns.size()); }
-  tile_grid grid() const {
+  tile_grid grid(index_t sharing_heads) const {
     tile_grid grid{max_tile_rows, 0};
-    for (const any_pattern& p : patterns) grid = grid & p.grid();
+    for (const any_pattern& p : patterns) grid = grid & p.grid(sharing_heads);
     return grid;
   }
   void emit(const plan_scope& scope, plan_writer& writer) const {

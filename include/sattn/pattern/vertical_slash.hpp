@@ -3,6 +3,7 @@
 
 #include <sattn/plan/plan_writer.hpp>
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -18,8 +19,36 @@ struct vertical_slash {
   std::vector<token_t> columns;
   std::vector<token_t> distances;
 
-  // Short tiles: the hull of one diagonal is as wide as the tile is tall.
-  tile_grid grid() const { return {distances.empty() ? max_tile_rows : token_t{16}, 0}; }
+  /// The hull of a diagonal is as wide as the tile is tall, so short tiles compute less, and compute
+  /// it more slowly. Takes the height with the least time, by what each costs (docs/performance.md).
+  tile_grid grid(index_t sharing_heads) const {
+    if (distances.empty()) return {max_tile_rows, 0};
+    if (!std::is_sorted(distances.begin(), distances.end())) {
+      vertical_slash sorted{columns, distances};
+      std::sort(sorted.distances.begin(), sorted.distances.end());
+      return sorted.grid(sharing_heads);
+    }
+    struct height {
+      token_t rows;
+      index_t heads;  // in the lanes of one block
+      double cost;    // of a lane and key, relative to tall tiles
+    };
+    token_t best = 16;
+    double least = std::numeric_limits<double>::infinity();
+    for (const height h : {height{64, 1, 1.0}, {16, 1, 1.04}, {8, 2, 1.10}, {4, 4, 1.24}}) {
+      if (h.heads > sharing_heads) break;
+      const double lanes = 16.0 * static_cast<double>(ceil_div(sharing_heads, h.heads)) /
+                           static_cast<double>(std::min<index_t>(h.rows, 16) * sharing_heads);
+      const double keys = static_cast<double>(hull_keys(h.rows)) +
+                          static_cast<double>(columns.size());
+      const double time = keys * lanes * h.cost;
+      if (time < least) {
+        least = time;
+        best = h.rows;
+      }
+    }
+    return {best, 0};
+  }
   void emit(const plan_scope& scope, plan_writer& writer) const {
     for (const token_t c : columns) {
       require(c >= 0 && c < scope.shape.kv_len, "vertical_slash: column ", c, ", kv_len is ",
@@ -30,6 +59,19 @@ struct vertical_slash {
       require(d >= 0, "vertical_slash: distance ", d, " is negative");
       if (d < std::numeric_limits<token_t>::max()) writer.distances(d, d + 1);
     }
+  }
+
+ private:
+  /// Keys under the diagonals of a tile of `rows` rows, each counted once; of sorted distances.
+  index_t hull_keys(token_t rows) const {
+    index_t keys = 0;
+    index_t covered = std::numeric_limits<index_t>::min();  // distances below it are counted
+    for (const token_t d : distances) {  // the diagonal takes the distances (d - rows, d]
+      const index_t end = index_t{d} + 1;
+      keys += end - std::max(covered, end - rows);
+      covered = end;
+    }
+    return keys;
   }
 };
 

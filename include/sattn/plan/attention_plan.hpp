@@ -87,6 +87,11 @@ constexpr index_t plan_head_count(const attention_shape& shape, head_map map) {
   return map == head_map::per_kv_head ? shape.kv_heads : shape.q_heads;
 }
 
+/// Query heads of one kv head that share a list.
+constexpr index_t sharing_heads(const attention_shape& shape, head_map map) {
+  return map == head_map::per_q_head ? 1 : shape.group_size();
+}
+
 /// Pairs (query head, row, key), counted over all query heads.
 struct plan_stats {
   std::int64_t legal = 0;     // allowed by the domain
@@ -123,9 +128,7 @@ class attention_plan {
     return data_.map == head_map::per_q_head ? q_head : q_head / data_.shape.group_size();
   }
   /// Query heads of one kv head that share a list.
-  index_t sharing_heads() const {
-    return data_.map == head_map::per_q_head ? 1 : data_.shape.group_size();
-  }
+  index_t sharing_heads() const { return sattn::sharing_heads(data_.shape, data_.map); }
   index_t tiles() const { return data_.grid.tiles(data_.shape.q_len); }
   lane_layout layout() const;
 

@@ -150,7 +150,8 @@ class plan_writer {
 /// optional members:
 ///
 ///   index_t heads() const;    // sets of data it holds: 1 (default), kv_heads or q_heads
-///   tile_grid grid() const;   // tiles whose rows share a list; default: every 64 rows
+///   tile_grid grid() const;   // tiles whose rows share a list; default: every 64 rows; or
+///   tile_grid grid(index_t sharing_heads) const;   // told how many query heads share the list
 template <class P>
 concept attention_pattern =
     requires(const P& pattern, const plan_scope& scope, plan_writer& writer) {
@@ -167,8 +168,10 @@ index_t pattern_heads(const P& pattern) {
 }
 
 template <attention_pattern P>
-tile_grid pattern_grid(const P& pattern) {
-  if constexpr (requires { pattern.grid(); }) {
+tile_grid pattern_grid(const P& pattern, index_t sharing_heads) {
+  if constexpr (requires { pattern.grid(sharing_heads); }) {
+    return pattern.grid(sharing_heads);
+  } else if constexpr (requires { pattern.grid(); }) {
     return pattern.grid();
   } else {
     return {};
