@@ -83,33 +83,29 @@ SATTN_ALWAYS_INLINE void prefetch_values(const tile_args& args, index_t key) {
   }
 }
 
-template <class Arch, bool Masked>
-SATTN_ALWAYS_INLINE void qk_chunk(const tile_args& args, const float* q, float* maxima) {
-  for_each_tile<tile_rows<Arch>>(args.count, [&](auto rows, index_t key) SATTN_INLINE_LAMBDA {
-    if (args.prefetch_values) prefetch_values<Arch, rows>(args, key);
-    qk_tile<Arch, rows, Masked>(args.k_rows + key, Masked ? args.masks + key : nullptr,
-                                args.head_dim, q, args.scores + key * tile_lanes, maxima);
-  });
-}
-
-/// The soft cap, then the mask, over scores that qk_chunk left raw; maxima of the result.
-template <class Arch>
-SATTN_NOINLINE void cap_chunk(const tile_args& args, float* SATTN_RESTRICT maxima) noexcept {
+/// The soft cap and the mask, in this order, over raw scores; maxima of the result. A pass of its
+/// own: in the epilogue of qk_tile it cost registers that g++ then lacked in the loop.
+template <class Arch, bool Capped, bool Masked>
+SATTN_NOINLINE void adjust_scores(const tile_args& args, float* SATTN_RESTRICT maxima) noexcept {
   using V = simd::vec<Arch>;
   constexpr int width = V::width;
   const V cap = V::broadcast(args.soft_cap);
   const V masked = V::broadcast(-__builtin_inff());
-  simd::unroll<lane_vecs<Arch>>([&](auto c) SATTN_INLINE_LAMBDA {
-    V top = masked;
-    for (index_t key = 0; key < args.count; ++key) {
+  V top[lane_vecs<Arch>];
+  simd::unroll<lane_vecs<Arch>>([&](auto c) SATTN_INLINE_LAMBDA { top[c] = masked; });
+  SATTN_NO_UNROLL
+  for (index_t key = 0; key < args.count; ++key) {
+    simd::unroll<lane_vecs<Arch>>([&](auto c) SATTN_INLINE_LAMBDA {
       float* const at = args.scores + key * tile_lanes + c * width;
-      V s = cap * simd::tanh(V::load_aligned(at));
-      if (args.masks != nullptr) s = simd::select_bits<c * width>(args.masks[key], s, masked);
+      V s = V::load_aligned(at);
+      if constexpr (Capped) s = cap * simd::tanh(s);
+      if constexpr (Masked) s = simd::select_bits<c * width>(args.masks[key], s, masked);
       s.store_aligned(at);
-      top = simd::max(top, s);
-    }
-    top.store_aligned(maxima + c * width);
-  });
+      top[c] = simd::max(top[c], s);
+    });
+  }
+  simd::unroll<lane_vecs<Arch>>(
+      [&](auto c) SATTN_INLINE_LAMBDA { top[c].store_aligned(maxima + c * width); });
 }
 
 /// Scores of the chunk into args.scores, [key][16]: scale, soft cap, mask, in this order.
@@ -119,13 +115,18 @@ SATTN_ALWAYS_INLINE void chunk_scores(const tile_args& args, const float* q, flo
   for (index_t lane = 0; lane < tile_lanes; lane += V::width) {
     V::broadcast(-__builtin_inff()).store_aligned(maxima + lane);
   }
-  const bool masked = args.masks != nullptr && args.soft_cap == 0.0f;
-  if (masked) {
-    qk_chunk<Arch, true>(args, q, maxima);
+  for_each_tile<tile_rows<Arch>>(args.count, [&](auto rows, index_t key) SATTN_INLINE_LAMBDA {
+    if (args.prefetch_values) prefetch_values<Arch, rows>(args, key);
+    qk_tile<Arch, rows>(args.k_rows + key, args.head_dim, q, args.scores + key * tile_lanes,
+                        maxima);
+  });
+  if (args.soft_cap == 0.0f) {
+    if (args.masks != nullptr) adjust_scores<Arch, false, true>(args, maxima);
+  } else if (args.masks != nullptr) {
+    adjust_scores<Arch, true, true>(args, maxima);
   } else {
-    qk_chunk<Arch, false>(args, q, maxima);
+    adjust_scores<Arch, true, false>(args, maxima);
   }
-  if (args.soft_cap != 0.0f) cap_chunk<Arch>(args, maxima);
 }
 
 template <class Arch>

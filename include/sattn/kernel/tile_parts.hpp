@@ -42,13 +42,12 @@ SATTN_ALWAYS_INLINE void for_each_tile(index_t count, F&& f) {
   }
 }
 
-/// Scores of Rows keys against 16 query lanes, masked lanes -inf, and the running row maxima.
+/// Scores of Rows keys against 16 query lanes, and the running row maxima.
 /// k_rows[0 .. Rows) in place; k_rows[Rows .. 2 Rows) are only prefetched, which pays even from the
 /// second-level cache: no hardware prefetcher follows six short streams.
-template <class Arch, int Rows, bool Masked>
-SATTN_NOINLINE void qk_tile(const float* const* k_rows, const std::uint16_t* masks,
-                            index_t head_dim, const float* q, float* SATTN_RESTRICT scores,
-                            float* SATTN_RESTRICT maxima) noexcept {
+template <class Arch, int Rows>
+SATTN_NOINLINE void qk_tile(const float* const* k_rows, index_t head_dim, const float* q,
+                            float* SATTN_RESTRICT scores, float* SATTN_RESTRICT maxima) noexcept {
   using V = simd::vec<Arch>;
   constexpr int width = V::width;
   constexpr int vecs = lane_vecs<Arch>;
@@ -88,12 +87,8 @@ SATTN_NOINLINE void qk_tile(const float* const* k_rows, const std::uint16_t* mas
   simd::unroll<vecs>([&](auto c) SATTN_INLINE_LAMBDA {
     V top = V::load_aligned(maxima + c * width);
     simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA {
-      V s = acc[r][c];
-      if constexpr (Masked) {
-        s = simd::select_bits<c * width>(masks[r], s, V::broadcast(-__builtin_inff()));
-      }
-      s.store_aligned(scores + r * tile_lanes + c * width);
-      top = simd::max(top, s);
+      acc[r][c].store_aligned(scores + r * tile_lanes + c * width);
+      top = simd::max(top, acc[r][c]);
     });
     top.store_aligned(maxima + c * width);
   });

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 namespace sattn {
@@ -70,6 +72,7 @@ class tile_cursor {
   };
 
   bool next_segment();
+  index_t fill_plain(key_chunk& chunk, bool& any_partial);
   void advance_hull();
   void mask_sub_tile(key_chunk& chunk, index_t sub) const;
   std::uint16_t distance_mask(token_t position, token_t key) const;
@@ -88,6 +91,7 @@ class tile_cursor {
   const token_t* row_key_end_ = nullptr;
   const std::uint16_t* row_mask_ = nullptr;  // of row_key_
   bool only_row_keys_ = false;
+  bool plain_ = false;  // distances and columns alone
   key_range hull_;                    // of the diagonals around the next key
   key_range segment_;                 // keys still to hand out
   bool segment_partial_ = false;      // only some rows attend: diagonals and segment_mask_
@@ -142,7 +146,8 @@ inline tile_cursor::tile_cursor(const attention_plan& plan, index_t head, index_
     row_key_ = row_key;
   }
   row_key_end_ = std::lower_bound(row_key_, row_key_end_, end_key_);
-  only_row_keys_ = h.distances.empty() && columns_.at == columns_.end &&
+  plain_ = ranges_.at == ranges_.end && token_ == token_end_ && row_key_ == row_key_end_;
+  only_row_keys_ = !plain_ && h.distances.empty() && columns_.at == columns_.end &&
                    ranges_.at == ranges_.end && token_ == token_end_;
   if (!h.distances.empty()) {
     distance_bits_ = h.distance_bits.data();
@@ -223,6 +228,33 @@ inline bool tile_cursor::next_segment() {
   return true;
 }
 
+/// The keys of a chunk from distances and columns, as next_segment would give them one by one.
+inline index_t tile_cursor::fill_plain(key_chunk& chunk, bool& any_partial) {
+  index_t count = 0;
+  while (count < max_chunk_keys && next_key_ < end_key_) {
+    columns_.skip_before(next_key_);
+    while (hull_.end <= next_key_) advance_hull();
+    const token_t column =
+        columns_.at == columns_.end ? no_key : std::max(columns_.at->begin, next_key_);
+    const token_t hull = std::max(hull_.begin, next_key_);
+    const bool whole = column <= hull;  // keys for all rows come first at the same place
+    const token_t begin = whole ? column : hull;
+    if (begin >= end_key_) break;
+    const token_t end = std::min(whole ? columns_.at->end : std::min(hull_.end, column), end_key_);
+    const index_t take = std::min<index_t>(end - begin, max_chunk_keys - count);
+    const bool partial = !whole && !cover_;
+    const auto at = static_cast<std::size_t>(count);
+    for (index_t i = 0; i < take; ++i) {
+      chunk.keys[at + static_cast<std::size_t>(i)] = static_cast<token_t>(begin + i);
+      chunk.partial[at + static_cast<std::size_t>(i)] = partial;
+    }
+    any_partial |= partial;
+    count += take;
+    next_key_ = static_cast<token_t>(begin + take);
+  }
+  return count;
+}
+
 inline bool tile_cursor::next(key_chunk& chunk) {
   index_t count = 0;
   bool any_partial = false;
@@ -235,7 +267,8 @@ inline bool tile_cursor::next(key_chunk& chunk) {
     row_mask_ += count;
     any_partial = true;
   }
-  while (count < max_chunk_keys && !only_row_keys_) {
+  if (plain_) count = fill_plain(chunk, any_partial);
+  while (count < max_chunk_keys && !only_row_keys_ && !plain_) {
     if (segment_.empty() && !next_segment()) break;
     const index_t take = std::min(segment_.size(), max_chunk_keys - count);
     for (index_t i = 0; i < take; ++i) {
@@ -278,9 +311,10 @@ inline bool tile_cursor::next(key_chunk& chunk) {
 inline std::uint16_t tile_cursor::distance_mask(token_t position, token_t key) const {
   const index_t bit = index_t{position} - key + distance_bit_offset;
   if (bit < 0 || bit > last_bit_) return 0;  // last_bit_ is -1 without distances
-  const std::uint64_t low = distance_bits_[bit >> 6] >> (bit & 63);
-  const std::uint64_t high = distance_bits_[(bit >> 6) + 1] << 1 << (63 - (bit & 63));
-  return static_cast<std::uint16_t>(low | high);
+  static_assert(std::endian::native == std::endian::little);
+  std::uint32_t bits;
+  std::memcpy(&bits, reinterpret_cast<const char*>(distance_bits_) + (bit >> 3), sizeof bits);
+  return static_cast<std::uint16_t>(bits >> (bit & 7));
 }
 
 /// Writes the masks, drops keys without a row at both ends, and clears `masked` where none is
@@ -292,14 +326,26 @@ inline void tile_cursor::mask_sub_tile(key_chunk& chunk, index_t s) const {
   const auto top = static_cast<token_t>(first_ + s * sub_tile_rows);
   const unsigned all = (1u << rows) - 1;
   unsigned common = all;
-  for (index_t i = sub.begin; i < sub.end; ++i) {
-    const token_t key = chunk.keys[static_cast<std::size_t>(i)];
-    unsigned mask = legal_->rows_that_see(key, top, rows);
-    if (chunk.partial[static_cast<std::size_t>(i)]) {
-      mask &= unsigned{distance_mask(top, key)} | chunk.row_mask[static_cast<std::size_t>(i)];
+  const auto fill = [&](auto&& mask_of) {
+    for (index_t i = sub.begin; i < sub.end; ++i) {
+      const unsigned mask = mask_of(static_cast<std::size_t>(i));
+      common &= mask;
+      masks[i] = static_cast<std::uint16_t>(mask * repeat_);
     }
-    common &= mask;
-    masks[i] = static_cast<std::uint16_t>(mask * repeat_);
+  };
+  const auto partial_mask = [&](std::size_t i) {
+    if (!chunk.partial[i]) return all;
+    const unsigned selected = distance_mask(top, chunk.keys[i]);
+    return (plain_ ? selected : selected | chunk.row_mask[i]) & all;
+  };
+  // Away from the diagonal every row sees every key.
+  if (legal_->window == 0 &&
+      (!legal_->causal || chunk.keys[static_cast<std::size_t>(sub.end - 1)] <= top)) {
+    fill(partial_mask);
+  } else {
+    fill([&](std::size_t i) {
+      return partial_mask(i) & legal_->rows_that_see(chunk.keys[i], top, rows);
+    });
   }
   while (sub.begin < sub.end && masks[sub.begin] == 0) ++sub.begin;
   while (sub.begin < sub.end && masks[sub.end - 1] == 0) --sub.end;

@@ -159,9 +159,15 @@ SATTN_ALWAYS_INLINE vec<Arch> select_bits(std::uint16_t mask, vec<Arch> x, vec<A
   using ints = typename vec<Arch>::int_batch;
   constexpr int width = vec<Arch>::width;
   static_assert(First + width <= 16);
+  const auto bit = ints::load_aligned(detail::lane_bits<Arch, First>.bit);
+  const auto bits = ints(std::int32_t{mask}) & bit;
+#if defined(__AVX2__) && defined(__FMA__)
+  if constexpr (std::is_same_v<Arch, arch::avx2>) {
+    const __m256i set = _mm256_cmpeq_epi32(bits, bit);
+    return {_mm256_blendv_ps(otherwise.reg, x.reg, _mm256_castsi256_ps(set))};
+  }
+#endif
   // The bit of the lane or 0; both are exact as floats, whose mask selects floats.
-  const auto bits =
-      ints(std::int32_t{mask}) & ints::load_aligned(detail::lane_bits<Arch, First>.bit);
   const auto clear = xsimd::to_float(bits) == typename vec<Arch>::batch(0.0f);
   return vec<Arch>::of(xsimd::select(clear, otherwise.as_batch(), x.as_batch()));
 }
