@@ -354,9 +354,11 @@ void run_rows(const attention_sequence& s, const row_work& work, key_range kv_he
   }
   float* const states = scratch.take<float>(work.tile_state_floats() * (work.row_keys ? 2 : 1));
   const index_t groups = ceil_div(work.tiles, work.tiles_per_task());
-  const index_t lists = kv_heads.size() * work.lists_per_kv_head;
-  const index_t list = kv_heads.begin * work.lists_per_kv_head + task % lists;
-  const index_t group = groups - 1 - task / lists;  // the last rows have the most keys
+  const index_t kv_index = task / (work.lists_per_kv_head * groups);
+  const index_t list = (kv_heads.begin + kv_index) * work.lists_per_kv_head +
+                       task % work.lists_per_kv_head;
+  const index_t group =
+      groups - 1 - task / work.lists_per_kv_head % groups;  // the last rows have the most keys
   const kv_rows kv = rows_of(list / work.lists_per_kv_head);
   const index_t end = std::min((group + 1) * work.tiles_per_task(), work.tiles);
   for (index_t tile = group * work.tiles_per_task(); tile < end; ++tile) {

@@ -73,11 +73,13 @@ void run_tile(const attention_sequence& s, const tile_work& work, key_range kv_h
               const RowsOf& rows_of, const logit_options& logits, const kernel_table& kernels,
               index_t task, scratch_arena scratch) {
   const attention_plan& plan = *s.plan;
-  // The last tiles have the most keys under a causal domain, so they go first.
-  const index_t lists = kv_heads.size() * work.lists_per_kv_head;
-  const index_t tile = work.tiles - 1 - task / (lists * work.tasks_per_list);
-  const index_t list =
-      kv_heads.begin * work.lists_per_kv_head + task / work.tasks_per_list % lists;
+  // One kv head after the other, whose keys then stay in the cache; the last tiles go first, which
+  // have the most keys under a causal domain, each with all lists of the kv head.
+  const index_t tasks_per_tile = work.lists_per_kv_head * work.tasks_per_list;
+  const index_t kv_index = task / (tasks_per_tile * work.tiles);
+  const index_t tile = work.tiles - 1 - task / tasks_per_tile % work.tiles;
+  const index_t list = (kv_heads.begin + kv_index) * work.lists_per_kv_head +
+                       task / work.tasks_per_list % work.lists_per_kv_head;
   const index_t first_head =
       list * work.sharing + task % work.tasks_per_list * work.heads_per_task;
   const index_t heads =

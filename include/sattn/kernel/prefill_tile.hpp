@@ -60,18 +60,11 @@ SATTN_NOINLINE void pack_queries(const pack_args& args) noexcept {
   }
 }
 
-/// Asks for the values of a tile of keys while their scores are computed.
+/// Asks for the packed values of a tile of keys before their scores are computed. Neighbours in a
+/// panel share lines: the first and the last key stand for all of a run.
 template <class Arch, int Rows>
-SATTN_ALWAYS_INLINE void prefetch_values(const tile_args& args, index_t key) {
-  constexpr index_t line = 16;  // floats
+SATTN_ALWAYS_INLINE void prefetch_panels(const tile_args& args, index_t key) {
   const float* const* const rows = args.v_rows + key;
-  if (args.v_panel == 0) {
-    for (index_t i = 0; i < args.v_dim; i += line) {
-      simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch(rows[r] + i); });
-    }
-    return;
-  }
-  // Neighbours in a panel share lines: its first and its last key stand for all of a run.
   constexpr index_t cols = tile_rows<Arch>;
   const float* first = rows[0];
   const float* last = rows[Rows - 1] + cols - 1;
@@ -91,21 +84,20 @@ SATTN_NOINLINE void adjust_scores(const tile_args& args, float* SATTN_RESTRICT m
   constexpr int width = V::width;
   const V cap = V::broadcast(args.soft_cap);
   const V masked = V::broadcast(-__builtin_inff());
-  V top[lane_vecs<Arch>];
-  simd::unroll<lane_vecs<Arch>>([&](auto c) SATTN_INLINE_LAMBDA { top[c] = masked; });
-  SATTN_NO_UNROLL
-  for (index_t key = 0; key < args.count; ++key) {
-    simd::unroll<lane_vecs<Arch>>([&](auto c) SATTN_INLINE_LAMBDA {
+  // One register a pass: the constants of tanh leave no room for a second one.
+  simd::unroll<lane_vecs<Arch>>([&](auto c) SATTN_INLINE_LAMBDA {
+    V top = masked;
+    SATTN_NO_UNROLL
+    for (index_t key = 0; key < args.count; ++key) {
       float* const at = args.scores + key * tile_lanes + c * width;
       V s = V::load_aligned(at);
       if constexpr (Capped) s = cap * simd::tanh(s);
       if constexpr (Masked) s = simd::select_bits<c * width>(args.masks[key], s, masked);
       s.store_aligned(at);
-      top[c] = simd::max(top[c], s);
-    });
-  }
-  simd::unroll<lane_vecs<Arch>>(
-      [&](auto c) SATTN_INLINE_LAMBDA { top[c].store_aligned(maxima + c * width); });
+      top = simd::max(top, s);
+    }
+    top.store_aligned(maxima + c * width);
+  });
 }
 
 /// Scores of the chunk into args.scores, [key][16]: scale, soft cap, mask, in this order.
@@ -116,9 +108,14 @@ SATTN_ALWAYS_INLINE void chunk_scores(const tile_args& args, const float* q, flo
     V::broadcast(-__builtin_inff()).store_aligned(maxima + lane);
   }
   for_each_tile<tile_rows<Arch>>(args.count, [&](auto rows, index_t key) SATTN_INLINE_LAMBDA {
-    if (args.prefetch_values) prefetch_values<Arch, rows>(args, key);
-    qk_tile<Arch, rows>(args.k_rows + key, args.head_dim, q, args.scores + key * tile_lanes,
-                        maxima);
+    float* const scores = args.scores + key * tile_lanes;
+    if (args.prefetch_values && args.v_panel == 0) {
+      qk_tile<Arch, rows, true>(args.k_rows + key, args.v_rows + key, args.head_dim, q, scores,
+                                maxima);
+    } else {
+      if (args.prefetch_values) prefetch_panels<Arch, rows>(args, key);
+      qk_tile<Arch, rows, false>(args.k_rows + key, nullptr, args.head_dim, q, scores, maxima);
+    }
   });
   if (args.soft_cap == 0.0f) {
     if (args.masks != nullptr) adjust_scores<Arch, false, true>(args, maxima);

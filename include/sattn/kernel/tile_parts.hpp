@@ -44,10 +44,12 @@ SATTN_ALWAYS_INLINE void for_each_tile(index_t count, F&& f) {
 
 /// Scores of Rows keys against 16 query lanes, and the running row maxima.
 /// k_rows[0 .. Rows) in place; k_rows[Rows .. 2 Rows) are only prefetched, which pays even from the
-/// second-level cache: no hardware prefetcher follows six short streams.
-template <class Arch, int Rows>
-SATTN_NOINLINE void qk_tile(const float* const* k_rows, index_t head_dim, const float* q,
-                            float* SATTN_RESTRICT scores, float* SATTN_RESTRICT maxima) noexcept {
+/// second-level cache: no hardware prefetcher follows six short streams. With Values, so are
+/// v_rows[0 .. Rows), whose lines come in one by one instead of all at once.
+template <class Arch, int Rows, bool Values>
+SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_rows,
+                            index_t head_dim, const float* q, float* SATTN_RESTRICT scores,
+                            float* SATTN_RESTRICT maxima) noexcept {
   using V = simd::vec<Arch>;
   constexpr int width = V::width;
   constexpr int vecs = lane_vecs<Arch>;
@@ -78,6 +80,9 @@ SATTN_NOINLINE void qk_tile(const float* const* k_rows, index_t head_dim, const 
     if constexpr (depth_step == 16) {
       simd::unroll<Rows>(
           [&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch(k_rows[Rows + r] + i); });
+      if constexpr (Values) {
+        simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch(v_rows[r] + i); });
+      }
     }
     simd::unroll<depth_step>([&](auto u) SATTN_INLINE_LAMBDA { depth(i + u); });
   }
