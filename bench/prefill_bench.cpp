@@ -45,7 +45,12 @@ problem prefill(const extents& e) {
   const index_t v_dim = e.v_dim == 0 ? e.dim : e.v_dim;
   const std::string width = v_dim == e.dim ? text(e.dim) : text(e.dim, '_', v_dim);
   const std::string group = e.group == 4 ? "" : text("/g", e.group);
-  return {text("prefill/", sattn::name_of(e.type), "/d", width, group, "/n", e.len, '/'), {e.len, e.len, e.group, 1, 0}, e.dim, e.smoke, v_dim, e.type};
+  return {text("prefill/", sattn::name_of(e.type), "/d", width, group, "/n", e.len, '/'),
+          {e.len, e.len, e.group, 1, 0},
+          e.dim,
+          e.smoke,
+          v_dim,
+          e.type};
 }
 
 /// One list for each query head, or one for all.
@@ -139,7 +144,9 @@ std::vector<workload> samples() {
 void add_smoke() {
   for (const dtype type : {dtype::f32, dtype::f16, dtype::bf16}) {
     const problem p = prefill({.dim = 64, .len = 256, .type = type, .smoke = true});
-    for (const workload& w : samples()) add_case(p, w, type == dtype::f32 ? rival::dense : rival::f32);
+    for (const workload& w : samples()) {
+      add_case(p, w, type == dtype::f32 ? rival::dense : rival::f32);
+    }
   }
   const problem p = prefill({.dim = 64, .len = 256, .smoke = true});
   add_case(p, bench::dense_workload(), rival::ours);

@@ -214,6 +214,20 @@ TEST(attend, row_lists_that_share_many_few_or_no_keys) {
   }
 }
 
+// More keys of its own than one call of the row kernel takes.
+TEST(attend, row_lists_longer_than_a_chunk) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const index_t heads : {1, 4}) {
+    const attention_problem p(random, {.q_len = 20, .kv_len = 4000, .q_heads = heads});
+    const token_lists lists = alike_lists(random, p.shape, 3, 300);
+    ASSERT_TRUE(within_bound(contexts, plan_prefill(contexts.any(), p.shape, lists), p));
+    ASSERT_TRUE(within_bound(
+        contexts, plan_decode(contexts.any(), p.shape, lists, {.split_keys = 3000}), p));
+  }
+}
+
 // ---- options ------------------------------------------------------------------------------------
 
 TEST(attend, a_sink_logit_equals_a_key_with_that_logit_and_value_zero) {

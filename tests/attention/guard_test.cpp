@@ -111,6 +111,24 @@ TEST(guard_pages, no_head_dim_reads_or_writes_outside_its_rows) {
   }
 }
 
+// Enough rows for K and V to be copied first.
+TEST(guard_pages, packing_reads_and_writes_nothing_outside) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const index_t kv_heads : {1, 2}) {
+    for (const index_t v_dim : {1, 2, 5, 6, 7, 8, 9, 11, 15, 16, 17, 20}) {
+      SCOPED_TRACE(v_dim);
+      run_all(contexts, attention_problem(random, {.q_len = 130,
+                                                   .kv_len = 137,
+                                                   .q_heads = 2 * kv_heads,
+                                                   .kv_heads = kv_heads,
+                                                   .head_dim = 21 - v_dim,
+                                                   .v_dim = v_dim}));
+    }
+  }
+}
+
 TEST(guard_pages, no_number_of_rows_and_keys_reads_or_writes_outside) {
   const seed_trace trace;
   random_source random;

@@ -7,6 +7,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <vector>
@@ -90,6 +91,8 @@ TEST(storage, type_and_copies_change_no_bit) {
            problem_extents{300, 391, 3, 3, 20, 13},   // dims that no register width divides
            problem_extents{129, 257, 8, 2, 7, 40},
            problem_extents{5, 200, 2, 1, 33, 9},      // too few rows to copy for
+           problem_extents{260, 130, 2, 2, 5, 1},     // values narrower than a panel
+           problem_extents{260, 130, 2, 2, 1, 5},
        }) {
     for (const memory_layout layout : {memory_layout::nhd, memory_layout::hnd_padded}) {
       problem_extents extents = e;
@@ -103,6 +106,93 @@ TEST(storage, type_and_copies_change_no_bit) {
       }
     }
   }
+}
+
+// Sequences that are copied and sequences that are not, with and without heads, in waves of any size.
+TEST(storage, waves_over_a_batch_change_no_bit) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  std::vector<attention_problem> problems;
+  std::vector<attention_plan> plans;
+  const auto add = [&](const problem_extents& e, auto&& plan_it) {
+    problems.emplace_back(random, e);
+    plans.push_back(plan_it(contexts.any(), problems.back().shape));
+  };
+  const auto prefill = [](context& ctx, const attention_shape& shape) {
+    return plan_prefill(ctx, shape, dense{});
+  };
+  const auto decode = [](context& ctx, const attention_shape& shape) {
+    return plan_decode(ctx, shape, dense{}, {.split_keys = 20});
+  };
+  add({260, 260, 4, 2, 8, 8}, prefill);
+  add({1, 90, 4, 2, 8, 8}, decode);
+  add({260, 150, 3, 3, 8, 12}, prefill);
+  add({7, 50, 2, 1, 8, 8}, prefill);
+  add({300, 300, 2, 2, 12, 4}, prefill);
+
+  // One kv head of the first takes this much, in whatever way it is copied.
+  const auto head_bytes = static_cast<std::size_t>(3 * 128 * (8 + 12) * 4);
+  for (context& ctx : contexts) {
+    SCOPED_TRACE(name_of(ctx));
+    std::vector<attention_result> want;
+    for (std::size_t i = 0; i < problems.size(); ++i) {
+      want.push_back(run_with(ctx, plans[i], problems[i], problems[i].kv(), 0));
+    }
+    for (const std::size_t limit : {std::size_t{1}, head_bytes / 2, head_bytes, head_bytes + 1,
+                                    head_bytes * 3 / 2, head_bytes * 2, head_bytes * 5, no_limit}) {
+      SCOPED_TRACE(limit);
+      std::vector<attention_result> got = want;
+      std::vector<attention_sequence> batch;
+      for (std::size_t i = 0; i < problems.size(); ++i) {
+        const attention_shape& shape = problems[i].shape;
+        std::fill(got[i].out.begin(), got[i].out.end(), quiet_nan);
+        std::fill(got[i].lse.begin(), got[i].lse.end(), quiet_nan);
+        batch.push_back({&plans[i], problems[i].q.view(), problems[i].kv(),
+                         {nhd(got[i].out.data(), shape.q_len, shape.q_heads, problems[i].v_dim),
+                          nhd(got[i].lse.data(), shape.q_len, shape.q_heads, 1)}});
+      }
+      attention_options options;
+      options.pack_bytes = limit;
+      aligned_buffer exact;
+      exact.reserve(workspace_bytes(ctx, batch, options));
+      ctx.use_workspace(exact.bytes().first(workspace_bytes(ctx, batch, options)));
+      attend(ctx, batch, options);
+      ctx.use_workspace({});
+      for (std::size_t i = 0; i < problems.size(); ++i) {
+        EXPECT_TRUE(bit_equal(got[i], want[i])) << "sequence " << i;
+      }
+    }
+  }
+}
+
+// Nothing is copied for the sake of a few keys, and nothing of a cache without keys is touched.
+TEST(storage, copies_are_made_only_where_they_pay) {
+  context ctx(1);
+  const auto packed = [&](const attention_shape& shape, const auto& pattern, dtype type) {
+    const attention_plan plan = plan_prefill(ctx, shape, pattern);
+    std::vector<float> memory(at(shape.kv_len * 16 + shape.q_len * 64));
+    const auto view = nhd(memory.data(), shape.kv_len, 1, 8);
+    kv_view keys = kv(view, view);
+    keys.k.type = keys.v.type = type;
+    const auto out = nhd(memory.data(), shape.q_len, shape.q_heads, 8);
+    attention_options options;
+    const std::size_t with = workspace_bytes(ctx, plan, out, keys, {out}, options);
+    options.pack_bytes = 0;
+    return with > workspace_bytes(ctx, plan, out, keys, {out}, options);
+  };
+  EXPECT_TRUE(packed({256, 5000, 1, 1, 4744}, dense{}, dtype::f32));
+  EXPECT_FALSE(packed({255, 5000, 1, 1, 4745}, dense{}, dtype::f32));
+  EXPECT_FALSE(packed({256, 5000, 1, 1, 4744}, sliding_window{200}, dtype::f16));
+  EXPECT_TRUE(packed({1000, 1000, 1, 1, 0}, sliding_window{300}, dtype::f32));
+  EXPECT_FALSE(packed({1000, 0, 1, 1, 0}, dense{}, dtype::f16));
+  // Through views of no memory too.
+  std::vector<float> q(40, 1.0f), out(40, 7.0f);
+  const attention_plan plan = plan_prefill(ctx, {5, 0, 2, 2, 0}, dense{});
+  attend(ctx, plan, nhd(q.data(), 5, 2, 4), kv(nhd<float>(nullptr, 0, 2, 4),
+                                               nhd<float>(nullptr, 0, 2, 4)),
+         {nhd(out.data(), 5, 2, 4)});
+  EXPECT_TRUE(std::all_of(out.begin(), out.end(), [](float x) { return x == 0.0f; }));
 }
 
 }  // namespace

@@ -67,14 +67,14 @@ TEST(plan_writer, keeps_the_keys_of_rows_apart_whatever_the_order) {
     data.legal = test_support::random_domain(random, static_cast<token_t>(kv_len));
     data.grid = random.pick<sattn::tile_grid>({{16, 0}, {16, 16}, {13, 24}, {5, 0}, {1, 0}});
     std::vector<bool> wanted(static_cast<std::size_t>(q_len * kv_len));
-    const bool ascending = random.integer(0, 1) == 0;
+    const bool ascending = random.integer(0, 2) == 0;
     data.heads.push_back(written({data.shape, data.legal, data.grid}, [&](plan_writer& writer) {
       for (index_t i = 0; i < 2 * q_len; ++i) {
-        const index_t begin = ascending ? i / 2 : random.integer(0, q_len - 1);
+        const index_t begin = ascending ? i / 2 : random.integer(0, q_len);
         const index_t end = std::min(q_len, begin + random.pick<index_t>({0, 1, 1, 3, 40}));
         std::vector<token_t> keys;
         for (index_t count = random.integer(0, 30); count > 0; --count) {
-          keys.push_back(static_cast<token_t>(random.integer(0, kv_len - 1)));
+          keys.push_back(static_cast<token_t>(random.integer(0, kv_len)));
         }
         writer.row_keys(static_cast<token_t>(begin), static_cast<token_t>(end), keys);
         for (index_t row = begin; row < end; ++row) {

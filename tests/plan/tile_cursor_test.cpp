@@ -56,7 +56,10 @@ bool concerns(const attention_plan& plan, index_t head, index_t tile, index_t ke
       contains(h.columns, 0, std::ssize(h.columns), key) ||
       (!h.range_ptr.empty() && contains(h.ranges, h.range_ptr[t], h.range_ptr[t + 1], key)) ||
       (!h.token_ptr.empty() && std::binary_search(h.tokens.begin() + h.token_ptr[t],
-                                                  h.tokens.begin() + h.token_ptr[t + 1], key));
+                                                  h.tokens.begin() + h.token_ptr[t + 1], key)) ||
+      (!h.row_key_ptr.empty() &&
+       std::binary_search(h.row_keys.begin() + h.row_key_ptr[t],
+                          h.row_keys.begin() + h.row_key_ptr[t + 1], key));
   return listed || std::any_of(h.distances.begin(), h.distances.end(), [&](const key_range& run) {
            return key > top - run.end && key <= bottom - run.begin;
          });

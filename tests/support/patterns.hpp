@@ -194,7 +194,7 @@ inline sattn::domain random_domain(random_source& random, const sattn::attention
 inline sattn::token_lists alike_lists(random_source& random, const sattn::attention_shape& shape,
                                       index_t common, index_t own) {
   sattn::token_lists lists{1, {0}, {}, shape.kv_heads};
-  const auto any_key = [&] { return static_cast<token_t>(random.integer(0, shape.kv_len - 1)); };
+  const auto any_key = [&] { return static_cast<token_t>(random.integer(0, shape.kv_len)); };
   std::vector<token_t> shared(at(common));
   for (index_t i = 0; i < shape.kv_heads * shape.q_len; ++i) {
     if (i % 24 == 0) std::generate(shared.begin(), shared.end(), any_key);

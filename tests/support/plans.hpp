@@ -154,11 +154,11 @@ inline void add_random_list(sattn::plan_head& head, random_source& random, index
 inline void add_random_row_keys(sattn::plan_head& head, random_source& random, index_t kv_len,
                                 index_t rows) {
   const index_t gap = random.pick<index_t>({1, 1, 4, 60, 400});
-  const index_t kind = random.integer(0, 2);
-  for (index_t key = random.integer(0, gap); key < kv_len; key += random.integer(1, gap)) {
+  const index_t kind = random.integer(0, 3);
+  for (index_t key = random.integer(0, gap); key < kv_len; key += random.integer(1, gap + 1)) {
     unsigned mask = 0;
     for (index_t row = 0; row < rows; ++row) {
-      const bool chosen = kind == 0 ? random.integer(0, 9) == 0 : random.integer(0, 3) >= kind;
+      const bool chosen = kind == 0 ? random.integer(0, 10) == 0 : random.integer(0, 4) >= kind;
       if (chosen) mask |= 1u << row;
     }
     if (mask == 0) continue;
@@ -183,7 +183,7 @@ inline sattn::plan_head random_plan_head(random_source& random, const sattn::pla
       head.token_ptr.push_back(std::ssize(head.tokens));
     }
   }
-  if (data.grid.rows <= 16 && random.integer(0, 1) != 0) {
+  if (data.grid.rows <= 16 && random.integer(0, 2) != 0) {
     head.row_key_ptr.push_back(0);
     for (index_t tile = 0; tile < data.grid.tiles(data.shape.q_len); ++tile) {
       add_random_row_keys(head, random, kv_len,

@@ -4,6 +4,7 @@
 // numbers, but not those of the distributions.
 #pragma once
 
+#include <stdexcept>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -43,6 +44,7 @@ class random_source {
   /// In [begin, end), which is not empty. The bias of the remainder is below 2^-32 for ranges a
   /// test uses.
   std::ptrdiff_t integer(std::ptrdiff_t begin, std::ptrdiff_t end) {
+    if (begin >= end) throw std::logic_error("random_source: an empty range");
     const auto width = static_cast<std::uint64_t>(end - begin);
     return begin + static_cast<std::ptrdiff_t>(engine_() % width);
   }

@@ -46,6 +46,7 @@ struct sequence_work {
 struct sequence_part {
   index_t sequence = 0;
   key_range kv_heads = {};
+  kv_packing packing = {};
   index_t pack_task = 0;
   index_t task = 0;
   std::size_t packed_byte = 0;
@@ -76,7 +77,7 @@ class wave_walk {
       if (fit > 0) {
         f(sequence_part{sequence_,
                         {static_cast<token_t>(kv_head_), static_cast<token_t>(kv_head_ + fit)},
-                        0, 0, used},
+                        work.packing, 0, 0, used},
           work);
       }
       used += each * static_cast<std::size_t>(fit);
@@ -164,18 +165,21 @@ inline std::size_t workspace_bytes(const context& ctx, const attention_plan& pla
 /// Attention of every query row to the keys that its plan names, for several sequences at once.
 ///
 /// Shapes, per sequence: q [q_len, q_heads, head_dim]; k [kv_len, kv_heads, head_dim];
-/// v [kv_len, kv_heads, v_dim]; out [q_len, q_heads, v_dim]; lse [q_len, q_heads, 1] or none. All
-/// f32, any strides, head_dim and v_dim from 1 to 1024. Sequences differ as they like.
+/// v [kv_len, kv_heads, v_dim]; out [q_len, q_heads, v_dim]; lse [q_len, q_heads, 1] or none. f32,
+/// k and v also f16 or bf16, each its own; any strides, head_dim and v_dim from 1 to 1024. Sequences
+/// differ as they like.
 /// Order: scale, soft cap, mask; then the sink logit joins the sum of the softmax.
 /// Requires: no output overlaps another tensor.
 /// Throws: shape_error where extents, plan, memory or options do not fit; unsupported above the
 /// largest head_dim. Nothing is written when it throws.
 /// Cost: 2 (head_dim + v_dim) flops per executed pair (plan.stats()), parallel over (sequence,
-/// head, tile or split). Allocates only to grow the context's workspace.
+/// head, tile or split), and copies of K and V where they pay (options.pack_bytes). Allocates only
+/// to grow the context's workspace.
 /// Accuracy: f32, online softmax. A row without keys gives 0 and lse = -inf; lse is the natural
-/// log, without the sink. Keys that no row of a tile attends to are not read; a NaN or infinity in
-/// a key that is read reaches the rows of the tiles that execute it. The bits do not depend on the
-/// number of threads.
+/// log, without the sink. Keys that no row of a tile attends to take no part in it: they are read,
+/// if at all, to be copied (options.pack_bytes). A NaN or infinity in a key reaches the rows of the
+/// tiles that execute it; rows with lists of their own run in tiles of 16. The bits do not depend on
+/// the number of threads or on pack_bytes.
 /// Source: FlashAttention-2 (arXiv:2307.08691) per tile, flash decoding for splits.
 /// See: examples/01_prefill.cpp, 02_decode.cpp; tests/attention/attend_test.cpp.
 inline void attend(context& ctx, std::span<const attention_sequence> sequences,
@@ -216,19 +220,18 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
     });
     if (!more) break;
     const std::span<const detail::sequence_part> wave(parts, count);
-    const auto head_memory = [&](const detail::sequence_part& part,
-                                 const detail::kv_packing& packing, index_t kv_head) {
+    const auto head_memory = [&](const detail::sequence_part& part, index_t kv_head) {
       return packed + part.packed_byte +
-             static_cast<std::size_t>(kv_head - part.kv_heads.begin) * packing.head_bytes();
+             static_cast<std::size_t>(kv_head - part.kv_heads.begin) * part.packing.head_bytes();
     };
 
     ctx.executor().parallel_for(next.pack_task, [&](index_t task, index_t) {
       const auto& part = detail::holder_of(task, wave, &detail::sequence_part::pack_task);
       const attention_sequence& s = sequences[static_cast<std::size_t>(part.sequence)];
-      const detail::kv_packing packing = detail::packing_of(s, kernels, options);
-      const index_t kv_head = part.kv_heads.begin + (task - part.pack_task) / packing.blocks();
-      packing.pack_block(s.kv, kv_head, (task - part.pack_task) % packing.blocks(), kernels,
-                         head_memory(part, packing, kv_head));
+      const index_t blocks = part.packing.blocks();
+      const index_t kv_head = part.kv_heads.begin + (task - part.pack_task) / blocks;
+      part.packing.pack_block(s.kv, kv_head, (task - part.pack_task) % blocks, kernels,
+                              head_memory(part, kv_head));
     });
 
     ctx.executor().parallel_for(next.task, [&](index_t task, index_t worker) {
@@ -239,9 +242,8 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
       const detail::scratch_arena arena(
           {scratch + static_cast<std::size_t>(worker) * layout.scratch_bytes,
            layout.scratch_bytes});
-      const detail::kv_packing packing = detail::packing_of(s, kernels, options);
       const auto rows_of = [&](index_t kv_head) {
-        return packing.rows(s.kv, kv_head, head_memory(part, packing, kv_head));
+        return part.packing.rows(s.kv, kv_head, head_memory(part, kv_head));
       };
       if (s.plan->layout().single_rows) {
         detail::run_rows(s, detail::row_work(s), part.kv_heads, rows_of, logits, kernels,

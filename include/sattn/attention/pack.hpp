@@ -37,7 +37,7 @@ struct kv_rows {
 };
 
 /// What is copied of every kv head of a sequence before its queries run, and how much memory that
-/// takes. Copies pay where each key meets many query rows; the numbers are in docs/dead_ends.md.
+/// takes. Copies pay where each key meets many query rows, panels where lane blocks share chunks.
 class kv_packing {
  public:
   kv_packing() = default;
@@ -46,8 +46,9 @@ class kv_packing {
              std::size_t limit)
       : keys_(s.kv.k.tokens), k_dim_(s.kv.k.dim), v_dim_(s.kv.v.dim),
         panel_cols_(kernels.panel_cols) {
-    constexpr index_t rows_worth_it = 256;  // query rows x heads that share a kv head
-    if (s.plan->shape().q_len * s.plan->shape().group_size() < rows_worth_it) return;
+    // A copy of a row of K and V costs as much as a few pairs; each must meet many more.
+    constexpr index_t pairs_worth_it = 256;
+    if (keys_ == 0 || pairs_of_a_kv_head(*s.plan) < pairs_worth_it * keys_) return;
     // Rows of a power of two bytes that do not lie side by side meet in few sets of the caches.
     const auto scattered = [&](const stored_view& view) {
       return view.type != dtype::f32 || (lane_blocks > 0 && view.token_stride != view.dim);
@@ -67,6 +68,7 @@ class kv_packing {
   /// Where the rows of a kv head are once its blocks are packed into `memory`.
   kv_rows rows(const kv_view& kv, index_t kv_head, const std::byte* memory) const {
     kv_rows rows{kv.k, kv.v, kv_head};
+    if (kv.k.tokens == 0) return rows;  // there may be no memory
     const auto* const packed = reinterpret_cast<const float*>(memory);
     if (k_rows_) {
       rows.k_data = packed;
@@ -111,6 +113,21 @@ class kv_packing {
   }
 
  private:
+  /// Pairs of the query rows and heads of one kv head with keys, at most; on average over kv heads.
+  static index_t pairs_of_a_kv_head(const attention_plan& plan) {
+    const attention_shape& shape = plan.shape();
+    index_t pairs = 0;
+    for (index_t i = 0; i < plan.heads(); ++i) {
+      const plan_head& h = plan.head(i);
+      index_t all_rows = 0;
+      for (const key_range& run : h.distances) all_rows += run.size();
+      for (const key_range& run : h.columns) all_rows += run.size();
+      index_t in_lists = std::ssize(h.tokens) + std::ssize(h.row_keys);  // of whole tiles
+      for (const key_range& run : h.ranges) in_lists += run.size();
+      pairs += std::min(all_rows, shape.kv_len) * shape.q_len + in_lists * plan.grid().rows;
+    }
+    return plan.heads() == 0 ? 0 : pairs / plan.heads() * shape.group_size();
+  }
   static std::size_t float_bytes(index_t count) {
     return padded(static_cast<std::size_t>(count) * sizeof(float));
   }

@@ -130,6 +130,7 @@ class shared_keys {
       // Divided by its sum already: the log of the sum is the maximum, and the sum is 1.
       for (index_t row = 0; row < rows; ++row) {
         float* const max_and_sum = finish.lse[row];
+        std::fill(state_of(row) + work.v_dim, max_and_sum, 0.0f);
         max_and_sum[1] = max_and_sum[0] == -std::numeric_limits<float>::infinity() ? 0.0f : 1.0f;
       }
     }
@@ -255,6 +256,7 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
   const auto flush_shared = [&] {
     shared.flush(s, work, kv, logits, kernels, rows, first_head, pointers);
   };
+  static_assert(chunk_keys * 4 >= row_sharing::least_pairs, "a full chunk is worth a tile");
   row_sharing sharing(work.sharing);
   const unsigned all = (1u << rows.size()) - 1;
   while (cursor.next(chunk)) {

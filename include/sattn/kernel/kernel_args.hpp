@@ -44,7 +44,8 @@ constexpr index_t value_block_floats(index_t v_dim, index_t panel_cols) {
 
 struct tile_args {
   const float* const* k_rows;  // [count + prefetch_rows]; the extra ones are only prefetched
-  const float* const* v_rows;  // [count]; of packed values, the key's place in its first panel
+  const float* const* v_rows;  // [count]; of packed values, the key's place in its first panel; null
+                               // for score_tile
   index_t v_panel;             // floats from a panel of packed values to the next; 0 = rows in place
   index_t count;               // 1 .. chunk_keys
   const std::uint16_t* masks;  // [count], bit = lane that attends to the key; null = all lanes

@@ -110,7 +110,7 @@ SATTN_ALWAYS_INLINE void chunk_scores(const tile_args& args, const float* q, flo
   for_each_tile<tile_rows<Arch>>(args.count, [&](auto rows, index_t key) SATTN_INLINE_LAMBDA {
     float* const scores = args.scores + key * tile_lanes;
     if (args.prefetch_values && args.v_panel == 0) {
-      qk_tile<Arch, rows, true>(args.k_rows + key, args.v_rows + key, args.head_dim, q, scores,
+      qk_tile<Arch, rows, (rows >= tile_rows<Arch> - 1)>(args.k_rows + key, args.v_rows + key, args.head_dim, q, scores,
                                 maxima);
     } else {
       if (args.prefetch_values) prefetch_panels<Arch, rows>(args, key);

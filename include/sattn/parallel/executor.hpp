@@ -66,6 +66,7 @@ class executor_ref {
   index_t concurrency() const { return concurrency_(object_); }
   template <class F>
   void parallel_for(index_t n, F&& f) const {
+    if (n == 0) return;
     run_(object_, n, task_ref(f));
   }
 

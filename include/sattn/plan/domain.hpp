@@ -44,9 +44,8 @@ struct domain {
   constexpr unsigned rows_that_see(token_t key, token_t top, index_t rows) const {
     unsigned mask = (1u << rows) - 1;
     // Rows before the key's own position do not see it, unless it belongs to the prefix.
-    if (causal && key > top && key >= prefix) {
-      mask &= key - top >= rows ? 0 : ~0u << (key - top);
-    }
+    const index_t ahead = index_t{key} - top;
+    if (causal && ahead > 0 && key >= prefix) mask &= ahead >= rows ? 0 : ~0u << ahead;
     if (window > 0) {
       const index_t visible = index_t{key} + window - top;  // rows [0, visible) see it
       if (visible < rows) mask &= (1u << std::max<index_t>(visible, 0)) - 1;

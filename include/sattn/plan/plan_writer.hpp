@@ -299,7 +299,7 @@ inline void plan_writer::open(index_t tile) {
 /// Moves the open tile's keys to the end of the lists, ascending, and those that all rows have that
 /// may see them to the entries.
 inline void plan_writer::leave_tile() {
-  const index_t tile = std::exchange(scratch_.open_tile, -1);
+  const index_t tile = scratch_.open_tile;
   if (tile < 0) return;
   scratch_.row_runs.push_back({tile, std::ssize(scratch_.row_keys)});
   const key_range rows = scope_.rows(tile);
@@ -321,6 +321,7 @@ inline void plan_writer::leave_tile() {
       }
     }
   }
+  scratch_.open_tile = -1;  // last: until here a failed allocation leaves marks to clean up
 }
 
 inline void plan_writer::finish_row_keys(plan_head& head) {
