@@ -55,6 +55,9 @@ TEST(determinism, plans_do_not_depend_on_the_number_of_threads) {
       const plan_head& b = got[i].second.head(h);
       EXPECT_EQ(a.ranges, b.ranges) << want[i].first;
       EXPECT_EQ(a.tokens, b.tokens) << want[i].first;
+      EXPECT_EQ(a.row_key_ptr, b.row_key_ptr) << want[i].first;
+      EXPECT_EQ(a.row_keys, b.row_keys) << want[i].first;
+      EXPECT_EQ(a.row_masks, b.row_masks) << want[i].first;
       EXPECT_EQ(a.splits, b.splits) << want[i].first;
     }
   }

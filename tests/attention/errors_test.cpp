@@ -103,6 +103,18 @@ const std::vector<error_case>& shape_errors() {
       {"misaligned k",
        [](call& c) { c.s.kv.k.data = bytes_off(floats(c.s.kv.k), 1); },
        {"k", "1 bytes"}},
+      {"misaligned f16 k",
+       [](call& c) {
+         c.s.kv.k.type = dtype::f16;
+         c.s.kv.k.data = bytes_off(floats(c.s.kv.k), 1);
+       },
+       {"k", "1 bytes"}},
+      {"out over the last bf16 of k",
+       [](call& c) {
+         c.s.kv.k.type = dtype::bf16;
+         c.s.output.out.data = floats(c.s.kv.k) + 79;  // 160 elements of 2 bytes
+       },
+       {"out", "overlaps", "k"}},
       {"misaligned out",
        [](call& c) { c.s.output.out.data = const_cast<float*>(bytes_off(c.s.output.out.data, 3)); },
        {"out", "3 bytes"}},

@@ -240,6 +240,11 @@ TEST(last_query_scores, refuse_what_does_not_fit) {
   EXPECT_NE(error_of([&] { last_query_scores(ctx, p, 64, {.scale = quiet_nan}); }), "");
   EXPECT_EQ(error_of([&] { sattn::last_query_scores(ctx, p.shape, longer.q.view(), p.k.view()); }),
             "last_query_scores: q is [5, 2] and k is [6, 1], the shape says [4, 2] and [6, 1]");
+  sattn::stored_view half = p.k.view();
+  half.type = sattn::dtype::f16;
+  EXPECT_EQ(error_of<sattn::unsupported>(
+                [&] { sattn::last_query_scores(ctx, p.shape, p.q.view(), half); }),
+            "last_query_scores: k is f16, estimators read f32 so far");
 }
 
 // ---- select_vertical_slash
