@@ -201,7 +201,7 @@ inline sattn::plan_data random_plan_data(random_source& random, index_t longest 
   data.shape.q_len = random.integer(1, random.pick<index_t>({8, 70, longest}));
   data.shape.kv_len = random.integer(1, random.pick<index_t>({8, 70, longest}));
   data.shape.kv_heads = random.integer(1, 4);
-  data.shape.q_heads = data.shape.kv_heads * random.integer(1, 4);
+  data.shape.q_heads = data.shape.kv_heads * random.integer(1, 6);
   const index_t aligned = data.shape.kv_len - data.shape.q_len;
   data.shape.q_offset = static_cast<token_t>(
       random.pick<index_t>({aligned, aligned, 0, random.integer(-longest, longest)}));

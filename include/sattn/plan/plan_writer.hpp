@@ -346,8 +346,8 @@ inline void plan_writer::finish_row_keys(plan_head& head) {
                         i + 1 < runs.size() ? runs[i + 1].begin : std::ssize(keys)});
     }
     runs.clear();
-    std::stable_sort(pieces.begin(), pieces.end(),
-                     [](const piece& a, const piece& b) { return a.tile < b.tile; });
+    std::sort(pieces.begin(), pieces.end(),
+              [](const piece& a, const piece& b) { return a.tile < b.tile; });
     for (const piece& p : pieces) {
       open(p.tile);
       for (auto i = static_cast<std::size_t>(p.begin); i < static_cast<std::size_t>(p.end); ++i) {
