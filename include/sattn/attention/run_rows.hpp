@@ -14,7 +14,7 @@
 
 namespace sattn::detail {
 
-/// How the row kernel runs one sequence: every (list, tile, split) leaves one state per query row,
+/// How the row kernel runs one sequence: every (list, tile, split) leaves a state per query row,
 /// and the states of a row are merged in the order of the splits.
 struct row_work {
   index_t head_dim;

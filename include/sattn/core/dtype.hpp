@@ -32,6 +32,7 @@ constexpr const char* name_of(dtype type) {
   return type == dtype::f32 ? "f32" : type == dtype::f16 ? "f16" : "bf16";
 }
 
+constexpr float to_float(float x) { return x; }
 constexpr float to_float(bf16 x) { return std::bit_cast<float>(std::uint32_t{x.bits} << 16); }
 
 constexpr float to_float(f16 x) {

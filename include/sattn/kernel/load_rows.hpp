@@ -29,7 +29,7 @@ SATTN_NOINLINE void load_rows(const load_rows_args& args) noexcept {
       index_t i = 0;
       SATTN_NO_UNROLL
       for (; i + width <= args.dim; i += width) simd::load_as_float<Arch>(row + i).store(out + i);
-      for (; i < args.dim; ++i) out[i] = simd::widen(row[i]);
+      for (; i < args.dim; ++i) out[i] = to_float(row[i]);
     }
   });
 }
@@ -52,7 +52,7 @@ SATTN_NOINLINE void load_values(const load_rows_args& args) noexcept {
         if (whole) {
           simd::load_as_float<Arch>(row).store(out + r * cols);
         } else {
-          for (index_t i = 0; i < panel_width; ++i) out[r * cols + i] = simd::widen(row[i]);
+          for (index_t i = 0; i < panel_width; ++i) out[r * cols + i] = to_float(row[i]);
         }
       }
     });

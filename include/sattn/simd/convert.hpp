@@ -45,8 +45,4 @@ SATTN_ALWAYS_INLINE vec<Arch> load_as_float(const Half* p) {
   return V::load_aligned(buffer);
 }
 
-SATTN_ALWAYS_INLINE float widen(float x) { return x; }
-SATTN_ALWAYS_INLINE float widen(f16 x) { return to_float(x); }
-SATTN_ALWAYS_INLINE float widen(bf16 x) { return to_float(x); }
-
 }  // namespace sattn::simd
