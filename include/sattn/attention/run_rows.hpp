@@ -107,6 +107,7 @@ class shared_keys {
           .v_dim = work.v_dim,
           .soft_cap = logits.soft_cap,
           .prefetch_values = head == 0,
+          .ahead = nullptr,
           .block = block(work, head),
           .scores = scores_,
       });

@@ -96,23 +96,41 @@ void run_tile(const attention_sequence& s, const tile_work& work, key_range kv_h
   const index_t row_blocks = ceil_div(rows, sub_tile_rows);
   float* const state = scratch.take<float>(blocks * block_floats);
 
-  for (index_t b = 0; b < blocks; ++b) {
-    if (b % work.blocks_per_tile >= row_blocks) continue;
+  const auto pack_block = [&](index_t b) {
     pack_args pack{{}, work.head_dim, work.v_dim, logits.pack_scale, state + b * block_floats};
     for_each_lane(work, b, rows, heads, [&](index_t lane, index_t row, index_t head) {
       pack.q_rows[lane] = s.q.row(tile_rows.begin + row, first_head + head);
     });
     kernels.pack_queries(pack);
-  }
+  };
+  // What a block writes in the end and what the next block packs come in while keys are multiplied.
+  rows_ahead ahead;
+  ahead.floats = std::max(work.head_dim, work.v_dim);
+  const auto look_ahead = [&](index_t b) {
+    ahead.count = 0;
+    for_each_lane(work, b, rows, heads, [&](index_t, index_t row, index_t head) {
+      ahead.rows[ahead.count++] = s.output.out.row(tile_rows.begin + row, first_head + head);
+    });
+    if (b + 1 == blocks) return;
+    for_each_lane(work, b + 1, rows, heads, [&](index_t, index_t row, index_t head) {
+      ahead.rows[ahead.count++] = s.q.row(tile_rows.begin + row, first_head + head);
+    });
+  };
 
   tile_cursor cursor(plan, plan.head_of(first_head), tile, work.lanes.rows,
                      {0, static_cast<token_t>(plan.shape().kv_len)});
-  while (cursor.next(chunk)) {
-    pointers.locate(chunk.keys.data(), chunk.count, kv, kernels);
+  bool more = cursor.next(chunk);
+  for (bool packed = false; more || !packed; packed = true, more = cursor.next(chunk)) {
+    if (more) pointers.locate(chunk.keys.data(), chunk.count, kv, kernels);
     bool first = true;  // the first block to touch the chunk brings it in
     for (index_t b = 0; b < blocks; ++b) {
       const index_t sub = b % work.blocks_per_tile;
       if (sub >= row_blocks) continue;
+      if (!packed) {
+        pack_block(b);
+        look_ahead(b);
+      }
+      if (!more) continue;  // no keys at all
       const key_chunk::sub_tile& part = chunk.sub[static_cast<std::size_t>(sub)];
       if (part.begin == part.end) continue;
       kernels.attend_tile({
@@ -127,6 +145,7 @@ void run_tile(const attention_sequence& s, const tile_work& work, key_range kv_h
           .v_dim = work.v_dim,
           .soft_cap = logits.soft_cap,
           .prefetch_values = first,
+          .ahead = packed ? nullptr : &ahead,
           .block = state + b * block_floats,
           .scores = scores,
       });

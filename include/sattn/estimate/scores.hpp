@@ -144,6 +144,7 @@ class logit_tile {
                            .v_dim = 0,
                            .soft_cap = soft_cap_,
                            .prefetch_values = false,
+                           .ahead = nullptr,
                            .block = block,
                            .scores = scores});
       for (index_t r = 0; r < rows; ++r) {

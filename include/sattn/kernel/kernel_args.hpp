@@ -42,6 +42,13 @@ constexpr index_t value_block_floats(index_t v_dim, index_t panel_cols) {
   return (v_dim + panel_cols - 1) / panel_cols * value_panel_floats(panel_cols);
 }
 
+/// Rows that later calls read or write, to be brought into the second-level cache meanwhile.
+struct rows_ahead {
+  const float* rows[2 * tile_lanes];
+  index_t count;
+  index_t floats;  // of a row, at most
+};
+
 struct tile_args {
   const float* const* k_rows;  // [count + prefetch_rows]; the extra ones are only prefetched
   const float* const* v_rows;  // [count]; of packed values, the key's place in its first panel; null
@@ -53,6 +60,7 @@ struct tile_args {
   index_t v_dim;
   float soft_cap;  // 0 = off; otherwise the queries are packed with scale / soft_cap
   bool prefetch_values;  // they may be far away
+  const rows_ahead* ahead;  // or null
   float* block;
   float* scores;  // [chunk_keys][16], scratch
 };

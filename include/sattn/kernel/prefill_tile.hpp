@@ -76,6 +76,27 @@ SATTN_ALWAYS_INLINE void prefetch_panels(const tile_args& args, index_t key) {
   }
 }
 
+/// Spreads the prefetch of tile_args::ahead over the register tiles of a call.
+class ahead_walk {
+ public:
+  ahead_walk(const rows_ahead* rows, index_t steps)
+      : rows_(rows), left_(rows == nullptr ? 0 : rows->count), steps_(steps) {}
+
+  SATTN_ALWAYS_INLINE void step() {
+    if (left_ == 0) return;
+    for (index_t n = (left_ + steps_ - 1) / steps_; n > 0; --n) {
+      const float* const row = rows_->rows[--left_];
+      for (index_t i = 0; i < rows_->floats; i += 16) simd::prefetch_near(row + i);
+    }
+    --steps_;
+  }
+
+ private:
+  const rows_ahead* rows_;
+  index_t left_;
+  index_t steps_;
+};
+
 /// The soft cap and the mask, in this order, over raw scores; maxima of the result. A pass of its
 /// own: in the epilogue of qk_tile it cost registers that g++ then lacked in the loop.
 template <class Arch, bool Capped, bool Masked>
@@ -102,16 +123,18 @@ SATTN_NOINLINE void adjust_scores(const tile_args& args, float* SATTN_RESTRICT m
 
 /// Scores of the chunk into args.scores, [key][16]: scale, soft cap, mask, in this order.
 template <class Arch>
-SATTN_ALWAYS_INLINE void chunk_scores(const tile_args& args, const float* q, float* maxima) {
+SATTN_ALWAYS_INLINE void chunk_scores(const tile_args& args, const float* q, float* maxima,
+                                      ahead_walk& ahead) {
   using V = simd::vec<Arch>;
   for (index_t lane = 0; lane < tile_lanes; lane += V::width) {
     V::broadcast(-__builtin_inff()).store_aligned(maxima + lane);
   }
   for_each_tile<tile_rows<Arch>>(args.count, [&](auto rows, index_t key) SATTN_INLINE_LAMBDA {
     float* const scores = args.scores + key * tile_lanes;
+    ahead.step();
     if (args.prefetch_values && args.v_panel == 0) {
-      qk_tile<Arch, rows, (rows >= tile_rows<Arch> - 1)>(args.k_rows + key, args.v_rows + key, args.head_dim, q, scores,
-                                maxima);
+      qk_tile<Arch, rows, (rows >= tile_rows<Arch> - 1)>(args.k_rows + key, args.v_rows + key,
+                                                         args.head_dim, q, scores, maxima);
     } else {
       if (args.prefetch_values) prefetch_panels<Arch, rows>(args, key);
       qk_tile<Arch, rows, false>(args.k_rows + key, nullptr, args.head_dim, q, scores, maxima);
@@ -129,7 +152,8 @@ SATTN_ALWAYS_INLINE void chunk_scores(const tile_args& args, const float* q, flo
 template <class Arch>
 SATTN_NOINLINE void score_tile(const tile_args& args) noexcept {
   alignas(64) float maxima[tile_lanes];
-  chunk_scores<Arch>(args, args.block, maxima);
+  ahead_walk none(nullptr, 0);
+  chunk_scores<Arch>(args, args.block, maxima, none);
 }
 
 /// Turns scores into probabilities relative to the new row maxima; `rescale` gets the factor of
@@ -175,10 +199,13 @@ SATTN_NOINLINE void attend_tile(const tile_args& args) noexcept {
   const lane_block block = block_of<Arch>(args.block, args.head_dim, args.v_dim);
   alignas(64) float maxima[tile_lanes];
   alignas(64) float rescale[tile_lanes];
-  chunk_scores<Arch>(args, block.q, maxima);
+  constexpr index_t rows = tile_rows<Arch>;
+  ahead_walk ahead(args.ahead, (args.count + rows - 1) / rows + (args.v_dim + rows - 1) / rows);
+  chunk_scores<Arch>(args, block.q, maxima, ahead);
   softmax_chunk<Arch>(args.scores, args.count, maxima, block.row_max, block.row_sum, rescale);
   index_t panel = 0;
-  for_each_tile<tile_rows<Arch>>(args.v_dim, [&](auto cols, index_t col) SATTN_INLINE_LAMBDA {
+  for_each_tile<rows>(args.v_dim, [&](auto cols, index_t col) SATTN_INLINE_LAMBDA {
+    ahead.step();
     const index_t offset = args.v_panel == 0 ? col : panel++ * args.v_panel;
     pv_tile<Arch, cols>(args.v_rows, offset, args.count, args.scores, rescale,
                         block.out + col * tile_lanes);
