@@ -29,9 +29,8 @@ struct kv_rows {
   index_t v_panel = 0;  // floats between panels of packed values; 0 = rows
   index_t v_block = 0;  // floats between their blocks of keys
 
-  const float* k_row(token_t key) const { return k_data + key * k_stride; }
-  const float* v_row(token_t key) const {
-    if (v_panel == 0) return v_data + key * v_stride;
+  /// The key's place in its first panel.
+  const float* packed_v(token_t key) const {
     return v_data + key / value_block_keys * v_block + key % value_block_keys * v_stride;
   }
 };

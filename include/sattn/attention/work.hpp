@@ -6,6 +6,7 @@
 #include <sattn/kernel/kernel_table.hpp>
 #include <sattn/plan/tile_cursor.hpp>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <new>
@@ -55,17 +56,24 @@ struct row_pointers {
               const kernel_table& kernels) {
     float* room = widened;
     if (rows.k_data != nullptr) {
-      for (index_t i = 0; i < count; ++i) k[at(i)] = rows.k_row(keys[i]);
+      in_place(rows.k_data, rows.k_stride, keys, count, k.data());
     } else {
       widen(rows.k, rows.kv_head, keys, count, kernels, room, k.data());
       room += chunk_keys * rows.k.dim;
     }
     for (index_t i = count; i < count + prefetch_rows; ++i) k[at(i)] = k[at(count - 1)];
-    if (rows.v_data != nullptr) {
-      for (index_t i = 0; i < count; ++i) v[at(i)] = rows.v_row(keys[i]);
+    if (rows.v_data != nullptr && rows.v_panel == 0) {
+      in_place(rows.v_data, rows.v_stride, keys, count, v.data());
+    } else if (rows.v_data != nullptr) {
+      for (index_t i = 0; i < count; ++i) v[at(i)] = rows.packed_v(keys[i]);
     } else {
       widen(rows.v, rows.kv_head, keys, count, kernels, room, v.data());
     }
+  }
+
+  static void in_place(const float* data, index_t stride, const token_t* keys, index_t count,
+                       const float** rows) {
+    for (index_t i = 0; i < count; ++i) rows[i] = data + keys[i] * stride;
   }
 
  private:
@@ -82,6 +90,25 @@ struct row_pointers {
       rows[i] = to + i * view.dim;
     }
     kernels.load_rows({from, view.type, count, view.dim, to});
+  }
+};
+
+/// Rows that are likely to be wanted soon, as many as a list that is being multiplied: one prefetch
+/// goes with each of its rows.
+struct next_rows {
+  std::array<const float*, chunk_keys> k;
+  std::array<const float*, chunk_keys> v;
+
+  /// The rows of `keys`; where there are fewer than `count`, or the rows are widened list by list,
+  /// the list's own instead.
+  void expect(const token_t* keys, index_t have, const kv_rows& rows, const row_pointers& own,
+              index_t count) {
+    const index_t known =
+        rows.k_data == nullptr || rows.v_data == nullptr ? 0 : std::min(have, count);
+    row_pointers::in_place(rows.k_data, rows.k_stride, keys, known, k.data());
+    row_pointers::in_place(rows.v_data, rows.v_stride, keys, known, v.data());
+    std::copy(own.k.begin() + known, own.k.begin() + count, k.begin() + known);
+    std::copy(own.v.begin() + known, own.v.begin() + count, v.begin() + known);
   }
 };
 

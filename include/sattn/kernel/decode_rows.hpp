@@ -161,7 +161,8 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first) 
   float* const states = args.states + first * state_stride;
   const float* const q = args.q + first * q_stride;
   if (args.scattered) {
-    qk_lists<Arch, Queries>(args.k_rows, args.count, q, q_stride, args.head_dim, args.scores);
+    qk_lists<Arch, Queries>(args.k_rows, args.next_k, args.count, q, q_stride, args.head_dim,
+                            args.scores);
   } else {
     qk_rows<Arch, Queries>(args.k_rows, args.count, q, q_stride, args.head_dim, args.scores);
   }
@@ -171,8 +172,8 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first) 
                                    states + n * state_stride + row_out_floats(args.v_dim));
   }
   if (args.scattered) {
-    pv_lists<Arch, Queries>(args.v_rows, args.count, args.v_dim, args.scores, rescale, states,
-                            state_stride);
+    pv_lists<Arch, Queries>(args.v_rows, args.next_v, args.count, args.v_dim, args.scores, rescale,
+                            states, state_stride);
   } else {
     pv_rows<Arch, Queries>(args.v_rows, args.count, args.v_dim, args.scores, rescale, states,
                            state_stride);

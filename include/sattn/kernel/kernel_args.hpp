@@ -92,6 +92,8 @@ struct rows_args {
   index_t queries;
   const float* const* k_rows;  // [count]
   const float* const* v_rows;  // [count]
+  const float* const* next_k;  // [count] rows of a later call, to be prefetched; read if scattered
+  const float* const* next_v;  // [count]
   index_t count;               // 1 .. chunk_keys
   const std::uint16_t* masks;  // [count] or null; query i attends where bit mask_bit[i] is set
   const std::uint8_t* mask_bit;  // [queries]; not read without masks

@@ -12,11 +12,16 @@ namespace sattn::kernel {
 
 inline constexpr int list_chains = 8;  // accumulators: two FMA units times their latency
 
+// The rows of the next list come in while this one is multiplied, at the same places. One query
+// alone is bound by the cache that delivers its own rows.
+template <int Queries>
+inline constexpr bool prefetch_next = Queries > 1;
+
 /// scores[n][key] = q[n] . k[key]: list_chains / Queries keys at a time, one chain for each product,
 /// so that the bits of a query do not depend on how many there are.
 template <class Arch, int Queries>
-SATTN_NOINLINE void qk_lists(const float* const* k_rows, index_t count, const float* q,
-                             index_t q_stride, index_t head_dim,
+SATTN_NOINLINE void qk_lists(const float* const* k_rows, const float* const* next_k,
+                             index_t count, const float* q, index_t q_stride, index_t head_dim,
                              float* SATTN_RESTRICT scores) noexcept {
   using V = simd::vec<Arch>;
   constexpr index_t width = V::width;
@@ -24,8 +29,11 @@ SATTN_NOINLINE void qk_lists(const float* const* k_rows, index_t count, const fl
   SATTN_NO_UNROLL
   for (index_t key = 0; key < count; key += keys) {
     const float* k[keys];
+    const float* next[keys];
     simd::unroll<keys>([&](auto r) SATTN_INLINE_LAMBDA {
-      k[r] = k_rows[key + r < count ? key + r : count - 1];
+      const index_t at = key + r < count ? key + r : count - 1;
+      k[r] = k_rows[at];
+      next[r] = next_k[at];
     });
     V acc[list_chains];
     simd::unroll<list_chains>([&](auto i) SATTN_INLINE_LAMBDA { acc[i] = V::zero(); });
@@ -43,6 +51,9 @@ SATTN_NOINLINE void qk_lists(const float* const* k_rows, index_t count, const fl
     for (; i + width <= head_dim; i += width) {
       simd::unroll<keys>([&](auto r) SATTN_INLINE_LAMBDA { row[r] = V::load(k[r] + i); });
       add(i, row);
+      if (prefetch_next<Queries> && i % 16 == 0) {
+        simd::unroll<keys>([&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch_near(next[r] + i); });
+      }
     }
     if (i < head_dim) {
       simd::unroll<keys>([&](auto r) SATTN_INLINE_LAMBDA {
@@ -63,7 +74,8 @@ SATTN_NOINLINE void qk_lists(const float* const* k_rows, index_t count, const fl
 /// out[n] = out[n] * rescale[n] + sum over keys of p[n][key] v[key] for the columns of Cols
 /// registers that begin at `col`.
 template <class Arch, int Queries, int Cols, bool Partial>
-SATTN_ALWAYS_INLINE void pv_list_cols(const float* const* v_rows, index_t count, index_t v_dim,
+SATTN_ALWAYS_INLINE void pv_list_cols(const float* const* v_rows, const float* const* next_v,
+                                      index_t count, index_t v_dim,
                                       index_t col, const float* p, const float* rescale,
                                       float* SATTN_RESTRICT out, index_t out_stride) {
   using V = simd::vec<Arch>;
@@ -78,6 +90,7 @@ SATTN_ALWAYS_INLINE void pv_list_cols(const float* const* v_rows, index_t count,
   SATTN_NO_UNROLL
   for (index_t key = 0; key < count; ++key) {
     const float* const v = v_rows[key] + col;
+    if constexpr (prefetch_next<Queries>) simd::prefetch_near(next_v[key] + col);
     V row[Cols];
     simd::unroll<Cols>([&](auto c) SATTN_INLINE_LAMBDA {
       row[c] = Partial ? V::load_partial(v, v_dim - col) : V::load(v + c * width);
@@ -98,21 +111,24 @@ SATTN_ALWAYS_INLINE void pv_list_cols(const float* const* v_rows, index_t count,
 
 /// The same for all columns: whole cache lines of every row at a time.
 template <class Arch, int Queries>
-SATTN_NOINLINE void pv_lists(const float* const* v_rows, index_t count, index_t v_dim,
+SATTN_NOINLINE void pv_lists(const float* const* v_rows, const float* const* next_v,
+                             index_t count, index_t v_dim,
                              const float* p, const float* rescale, float* SATTN_RESTRICT out,
                              index_t out_stride) noexcept {
   constexpr index_t width = simd::vec<Arch>::width;
   constexpr int cols = list_chains / Queries;
   index_t col = 0;
   for (; col + cols * width <= v_dim; col += cols * width) {
-    pv_list_cols<Arch, Queries, cols, false>(v_rows, count, v_dim, col, p, rescale, out,
+    pv_list_cols<Arch, Queries, cols, false>(v_rows, next_v, count, v_dim, col, p, rescale, out,
                                              out_stride);
   }
   for (; col + width <= v_dim; col += width) {
-    pv_list_cols<Arch, Queries, 1, false>(v_rows, count, v_dim, col, p, rescale, out, out_stride);
+    pv_list_cols<Arch, Queries, 1, false>(v_rows, next_v, count, v_dim, col, p, rescale, out,
+                                           out_stride);
   }
   if (col < v_dim) {
-    pv_list_cols<Arch, Queries, 1, true>(v_rows, count, v_dim, col, p, rescale, out, out_stride);
+    pv_list_cols<Arch, Queries, 1, true>(v_rows, next_v, count, v_dim, col, p, rescale, out,
+                                           out_stride);
   }
 }
 

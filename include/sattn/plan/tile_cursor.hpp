@@ -74,6 +74,11 @@ class tile_cursor {
   bool next_segment();
   index_t fill_plain(key_chunk& chunk, bool& any_partial);
   void advance_hull();
+  bool next_row_keys(key_chunk& chunk);
+  /// Away from the diagonal, without a window: no row from `top` on fails to see keys up to `last`.
+  bool seen_by_all_rows(token_t last, token_t top) const {
+    return legal_->window == 0 && (!legal_->causal || last <= top);
+  }
   void mask_sub_tile(key_chunk& chunk, index_t sub) const;
   std::uint16_t distance_mask(token_t position, token_t key) const;
 
@@ -255,20 +260,34 @@ inline index_t tile_cursor::fill_plain(key_chunk& chunk, bool& any_partial) {
   return count;
 }
 
+/// A chunk of keys of single rows alone: their masks are what the plan holds.
+inline bool tile_cursor::next_row_keys(key_chunk& chunk) {
+  const index_t count = std::min<index_t>(max_chunk_keys, row_key_end_ - row_key_);
+  chunk.count = count;
+  if (count == 0) return false;
+  std::copy_n(row_key_, count, chunk.keys.begin());
+  chunk.sub[0] = {0, count, true};
+  if (seen_by_all_rows(row_key_[count - 1], first_)) {
+    for (index_t i = 0; i < count; ++i) {
+      chunk.masks[0][static_cast<std::size_t>(i)] =
+          static_cast<std::uint16_t>(row_mask_[i] * repeat_);
+    }
+  } else {
+    std::copy_n(row_mask_, count, chunk.row_mask.begin());
+    std::fill_n(chunk.partial.begin(), count, true);
+    mask_sub_tile(chunk, 0);
+  }
+  row_key_ += count;
+  row_mask_ += count;
+  return true;
+}
+
 inline bool tile_cursor::next(key_chunk& chunk) {
   index_t count = 0;
   bool any_partial = false;
-  if (only_row_keys_) {  // the usual case, without a segment for each key
-    count = std::min<index_t>(max_chunk_keys, row_key_end_ - row_key_);
-    std::copy_n(row_key_, count, chunk.keys.begin());
-    std::copy_n(row_mask_, count, chunk.row_mask.begin());
-    std::fill_n(chunk.partial.begin(), count, true);
-    row_key_ += count;
-    row_mask_ += count;
-    any_partial = true;
-  }
+  if (only_row_keys_) return next_row_keys(chunk);
   if (plain_) count = fill_plain(chunk, any_partial);
-  while (count < max_chunk_keys && !only_row_keys_ && !plain_) {
+  while (count < max_chunk_keys && !plain_) {
     if (segment_.empty() && !next_segment()) break;
     const index_t take = std::min(segment_.size(), max_chunk_keys - count);
     for (index_t i = 0; i < take; ++i) {
@@ -338,9 +357,7 @@ inline void tile_cursor::mask_sub_tile(key_chunk& chunk, index_t s) const {
     const unsigned selected = distance_mask(top, chunk.keys[i]);
     return (plain_ ? selected : selected | chunk.row_mask[i]) & all;
   };
-  // Away from the diagonal every row sees every key.
-  if (legal_->window == 0 &&
-      (!legal_->causal || chunk.keys[static_cast<std::size_t>(sub.end - 1)] <= top)) {
+  if (seen_by_all_rows(chunk.keys[static_cast<std::size_t>(sub.end - 1)], top)) {
     fill(partial_mask);
   } else {
     fill([&](std::size_t i) {

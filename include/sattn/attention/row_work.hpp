@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/attention/checks.hpp>
+#include <sattn/attention/work.hpp>
+#include <sattn/kernel/kernel_table.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+namespace sattn::detail {
+
+/// How the row kernel runs one sequence: every (list, tile, split) leaves a state per query row,
+/// and the states of a row are merged in the order of the splits.
+struct row_work {
+  index_t head_dim;
+  index_t v_dim;
+  index_t sharing;  // query heads of one list within one kv head
+  index_t lists;
+  index_t tiles;
+  index_t queries;  // rows x heads of one tile, at most
+  index_t lists_per_kv_head;
+  bool row_keys;
+  index_t split_count = 0;  // over all lists and tiles
+
+  explicit row_work(const attention_sequence& s)
+      : head_dim(s.q.dim), v_dim(s.kv.v.dim), sharing(s.plan->sharing_heads()),
+        lists(sharing == 0 ? 0 : s.plan->shape().q_heads / sharing), tiles(s.plan->tiles()),
+        queries(std::min<index_t>(s.plan->grid().rows, s.plan->shape().q_len) * sharing),
+        lists_per_kv_head(sharing == 0 ? 0 : s.plan->shape().group_size() / sharing),
+        row_keys(s.plan->has_row_keys()) {
+    for (index_t list = 0; list < lists; ++list) {
+      for (index_t tile = 0; s.plan->has_splits() && tile < tiles; ++tile) {
+        split_count += s.plan->splits(s.plan->head_of(list * sharing), tile);
+      }
+    }
+  }
+
+  // Without splits a task merges its own states, and takes several short tiles to be worth its while.
+  index_t tiles_per_task() const { return row_keys ? 1 : 16; }
+  index_t tasks(const attention_plan& plan, key_range kv_heads) const {
+    return plan.has_splits()
+               ? split_count
+               : kv_heads.size() * lists_per_kv_head * ceil_div(tiles, tiles_per_task());
+  }
+  index_t merge_tasks(const attention_plan& plan) const {
+    return plan.has_splits() ? lists * tiles : 0;
+  }
+  index_t tile_state_floats() const { return queries * row_state_floats(v_dim); }
+  /// States that outlive their task, shared by all workers.
+  std::size_t shared_bytes(const attention_plan& plan) const {
+    return plan.has_splits() ? padded(static_cast<std::size_t>(split_count * tile_state_floats()) *
+                                      sizeof(float))
+                             : 0;
+  }
+};
+
+/// The query rows of a tile, ready for the row kernel, and their states.
+struct row_queries {
+  const row_work* work;
+  const kernel_table* kernels;
+  float* q;                // [rows][sharing heads][row_out_floats(head_dim)]
+  std::uint8_t* mask_bit;  // of each of them: the row
+  float* scores;
+  float* states;
+  float soft_cap;
+  bool scattered;
+
+  row_queries(const attention_sequence& s, const row_work& w, const logit_options& logits,
+              const kernel_table& table, key_range rows, index_t first_head, float* to,
+              scratch_arena& scratch)
+      : work(&w), kernels(&table),
+        q(scratch.take<float>(rows.size() * w.sharing * row_out_floats(w.head_dim))),
+        mask_bit(scratch.take<std::uint8_t>(rows.size() * w.sharing)),
+        scores(scratch.take<float>(4 * chunk_keys)), states(to), soft_cap(logits.soft_cap),
+        scattered(!s.plan->has_splits()) {
+    const index_t q_stride = row_out_floats(w.head_dim);
+    for (index_t row = 0; row < rows.size(); ++row) {
+      for (index_t head = 0; head < w.sharing; ++head) {
+        const index_t i = row * w.sharing + head;
+        const float* const from = s.q.row(rows.begin + row, first_head + head);
+        float* const query = q + i * q_stride;
+        for (index_t c = 0; c < w.head_dim; ++c) query[c] = from[c] * logits.pack_scale;
+        std::fill(query + w.head_dim, query + q_stride, 0.0f);
+        mask_bit[i] = static_cast<std::uint8_t>(row);
+        float* const state = states + i * row_state_floats(w.v_dim);
+        std::fill_n(state, row_state_floats(w.v_dim), 0.0f);
+        state[row_out_floats(w.v_dim)] = -std::numeric_limits<float>::infinity();
+      }
+    }
+  }
+
+  /// The keys [begin, end) of the pointers for the rows [row, row + rows).
+  void attend(index_t row, index_t rows, const row_pointers& pointers, const next_rows& next,
+              index_t begin, index_t end, const std::uint16_t* masks) const {
+    const index_t first = row * work->sharing;
+    kernels->attend_rows({
+        .q = q + first * row_out_floats(work->head_dim),
+        .queries = rows * work->sharing,
+        .k_rows = pointers.k.data() + begin,
+        .v_rows = pointers.v.data() + begin,
+        .next_k = next.k.data() + begin,
+        .next_v = next.v.data() + begin,
+        .count = end - begin,
+        .masks = masks,
+        .mask_bit = mask_bit + first,
+        .scattered = scattered,
+        .head_dim = work->head_dim,
+        .v_dim = work->v_dim,
+        .soft_cap = soft_cap,
+        .states = states + first * row_state_floats(work->v_dim),
+        .scores = scores,
+    });
+  }
+};
+
+}  // namespace sattn::detail
