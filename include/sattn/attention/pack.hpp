@@ -16,22 +16,17 @@ constexpr std::size_t padded(std::size_t bytes) {
   return static_cast<std::size_t>(round_up(static_cast<index_t>(bytes), cache_line));
 }
 
-/// How the rows of one kv head are reached.
+/// How the rows of one kv head are reached: in place or packed.
 struct kv_rows {
-  stored_view k, v;
-  index_t kv_head;
-
-  // f32 rows in place or packed; null: a chunk's rows are widened when the chunk comes up.
-  const float* k_data = nullptr;
-  index_t k_stride = 0;
-  const float* v_data = nullptr;
-  index_t v_stride = 0;
+  row_source k;
+  row_source v;
   index_t v_panel = 0;  // floats between panels of packed values; 0 = rows
   index_t v_block = 0;  // floats between their blocks of keys
 
   /// The key's place in its first panel.
   const float* packed_v(token_t key) const {
-    return v_data + key / value_block_keys * v_block + key % value_block_keys * v_stride;
+    return reinterpret_cast<const float*>(v.data + key % value_block_keys * v.stride) +
+           key / value_block_keys * v_block;
   }
 };
 
@@ -66,24 +61,14 @@ class kv_packing {
 
   /// Where the rows of a kv head are once its blocks are packed into `memory`.
   kv_rows rows(const kv_view& kv, index_t kv_head, const std::byte* memory) const {
-    kv_rows rows{kv.k, kv.v, kv_head};
-    if (kv.k.tokens == 0) return rows;  // there may be no memory
-    const auto* const packed = reinterpret_cast<const float*>(memory);
-    if (k_rows_) {
-      rows.k_data = packed;
-      rows.k_stride = k_dim_;
-    } else if (kv.k.type == dtype::f32) {
-      rows.k_data = static_cast<const float*>(kv.k.row(0, kv_head));
-      rows.k_stride = kv.k.token_stride;
-    }
-    if (v_panels_ || v_rows_) {
-      rows.v_data = packed + k_bytes() / sizeof(float);
-      rows.v_stride = v_panels_ ? panel_cols_ : v_dim_;
-      rows.v_panel = v_panels_ ? value_panel_floats(panel_cols_) : 0;
-      rows.v_block = v_panels_ ? value_block_floats(v_dim_, panel_cols_) : 0;
-    } else if (kv.v.type == dtype::f32) {
-      rows.v_data = static_cast<const float*>(kv.v.row(0, kv_head));
-      rows.v_stride = kv.v.token_stride;
+    constexpr index_t bytes = sizeof(float);
+    kv_rows rows{kv.k.rows(kv_head), kv.v.rows(kv_head)};
+    if (k_rows_) rows.k = {memory, k_dim_ * bytes, dtype::f32};
+    if (v_rows_) rows.v = {memory + k_bytes(), v_dim_ * bytes, dtype::f32};
+    if (v_panels_) {
+      rows.v = {memory + k_bytes(), panel_cols_ * bytes, dtype::f32};
+      rows.v_panel = value_panel_floats(panel_cols_);
+      rows.v_block = value_block_floats(v_dim_, panel_cols_);
     }
     return rows;
   }

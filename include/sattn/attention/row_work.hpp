@@ -62,19 +62,20 @@ struct row_queries {
   const kernel_table* kernels;
   float* q;                // [rows][sharing heads][row_out_floats(head_dim)]
   std::uint8_t* mask_bit;  // of each of them: the row
-  float* scores;
   float* states;
   float soft_cap;
-  bool scattered;
+  bool cached;
+  dtype k_type;
+  dtype v_type;
 
-  row_queries(const attention_sequence& s, const row_work& w, const logit_options& logits,
-              const kernel_table& table, key_range rows, index_t first_head, float* to,
-              scratch_arena& scratch)
+  row_queries(const attention_sequence& s, const row_work& w, const kv_rows& kv,
+              const logit_options& logits, const kernel_table& table, key_range rows,
+              index_t first_head, float* to, scratch_arena& scratch)
       : work(&w), kernels(&table),
         q(scratch.take<float>(rows.size() * w.sharing * row_out_floats(w.head_dim))),
         mask_bit(scratch.take<std::uint8_t>(rows.size() * w.sharing)),
-        scores(scratch.take<float>(4 * chunk_keys)), states(to), soft_cap(logits.soft_cap),
-        scattered(!s.plan->has_splits()) {
+        states(to), soft_cap(logits.soft_cap), cached(!s.plan->has_splits()), k_type(kv.k.type),
+        v_type(kv.v.type) {
     const index_t q_stride = row_out_floats(w.head_dim);
     for (index_t row = 0; row < rows.size(); ++row) {
       for (index_t head = 0; head < w.sharing; ++head) {
@@ -92,25 +93,26 @@ struct row_queries {
   }
 
   /// The keys [begin, end) of the pointers for the rows [row, row + rows).
-  void attend(index_t row, index_t rows, const row_pointers& pointers, const next_rows& next,
+  void attend(index_t row, index_t rows, const row_pointers& pointers, const row_pointers& next,
               index_t begin, index_t end, const std::uint16_t* masks) const {
     const index_t first = row * work->sharing;
     kernels->attend_rows({
         .q = q + first * row_out_floats(work->head_dim),
         .queries = rows * work->sharing,
+        .k_type = k_type,
+        .v_type = v_type,
         .k_rows = pointers.k.data() + begin,
         .v_rows = pointers.v.data() + begin,
-        .next_k = next.k.data() + begin,
-        .next_v = next.v.data() + begin,
+        .next_k = next.k.data(),
+        .next_v = next.v.data(),
         .count = end - begin,
         .masks = masks,
         .mask_bit = mask_bit + first,
-        .scattered = scattered,
+        .cached = cached,
         .head_dim = work->head_dim,
         .v_dim = work->v_dim,
         .soft_cap = soft_cap,
         .states = states + first * row_state_floats(work->v_dim),
-        .scores = scores,
     });
   }
 };

@@ -25,39 +25,47 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
   const index_t plan_head = plan.head_of(first_head);
   const key_range rows = plan.grid().row_range(tile, plan.shape().q_len);
 
-  key_chunk& chunk = *scratch.take<key_chunk>(1);
-  row_pointers& pointers = row_pointers::take(scratch, s);
-  next_rows& next = *scratch.take<next_rows>(1);
-  const row_queries queries(s, work, logits, kernels, rows, first_head, states, scratch);
+  row_pointers* rows_of_chunk[] = {scratch.take<row_pointers>(1), scratch.take<row_pointers>(1)};
+  const row_queries queries(s, work, kv, logits, kernels, rows, first_head, states, scratch);
   tile_cursor cursor(plan, plan_head, tile, sub_tile_rows,
                      plan.split_range(plan_head, tile, split));
   if (!work.row_keys) {
-    while (cursor.next(chunk)) {
+    key_chunk* chunks[] = {scratch.take<key_chunk>(1), scratch.take<key_chunk>(1)};
+    bool more = cursor.next(*chunks[0]);
+    if (more) rows_of_chunk[0]->locate(chunks[0]->keys.data(), chunks[0]->count, kv);
+    for (int now = 0; more; now ^= 1) {
+      const key_chunk& chunk = *chunks[now];
+      key_chunk& after = *chunks[now ^ 1];
+      more = cursor.next(after);
+      if (more) rows_of_chunk[now ^ 1]->locate(after.keys.data(), after.count, kv);
       const key_chunk::sub_tile& part = chunk.sub[0];
       if (part.begin == part.end) continue;
-      pointers.locate(chunk.keys.data(), chunk.count, kv, kernels);
-      queries.attend(0, rows.size(), pointers, next, part.begin, part.end,
+      queries.attend(0, rows.size(), *rows_of_chunk[now], *rows_of_chunk[more ? now ^ 1 : now],
+                     part.begin, part.end,
                      part.masked ? chunk.masks[0].data() + part.begin : nullptr);
     }
     return 1;
   }
+
+  key_chunk& chunk = *scratch.take<key_chunk>(1);
+  row_pointers& pointers = *rows_of_chunk[0];
+  row_pointers& next = *rows_of_chunk[1];
+  float_rows& shared_rows = float_rows::take(scratch, s);
 
   row_lists& lists = *scratch.take<row_lists>(1);
   lists.counts.fill(0);
   const auto flush_row = [&](index_t row) {
     const auto r = static_cast<std::size_t>(row);
     const index_t count = std::exchange(lists.counts[r], 0);
-    pointers.locate(lists.keys[r].data(), count, kv, kernels);
+    pointers.locate(lists.keys[r].data(), count, kv);
     const auto fullest = static_cast<std::size_t>(
         std::max_element(lists.counts.begin(), lists.counts.end()) - lists.counts.begin());
-    if (queries.scattered) {
-      next.expect(lists.keys[fullest].data(), lists.counts[fullest], kv, pointers, count);
-    }
+    next.locate_beside(pointers, lists.keys[fullest].data(), lists.counts[fullest], kv);
     queries.attend(row, 1, pointers, next, 0, count, nullptr);
   };
   shared_keys& shared = shared_keys::take(scratch, work);
   const auto flush_shared = [&] {
-    shared.flush(s, work, kv, logits, kernels, rows, first_head, pointers);
+    shared.flush(s, work, kv, logits, kernels, rows, first_head, shared_rows);
   };
   static_assert(chunk_keys * 4 >= row_sharing::least_pairs, "a full chunk is worth a tile");
   row_sharing sharing(work.sharing);
@@ -93,10 +101,12 @@ inline std::size_t row_scratch_bytes(const attention_sequence& s, const row_work
     return padded(static_cast<std::size_t>(count) * sizeof(float));
   };
   const std::size_t own_states = work.row_keys ? 2 : 1;
-  return padded(sizeof(key_chunk)) + row_pointers::bytes(s) + padded(sizeof(next_rows)) +
+  return 2 * padded(sizeof(key_chunk)) + 2 * padded(sizeof(row_pointers)) +
          floats(work.queries * row_out_floats(work.head_dim)) +
-         padded(static_cast<std::size_t>(work.queries)) + floats(4 * chunk_keys) +
-         (work.row_keys ? padded(sizeof(row_lists)) + shared_keys::bytes(work) : 0) +
+         padded(static_cast<std::size_t>(work.queries)) +
+         (work.row_keys
+              ? padded(sizeof(row_lists)) + shared_keys::bytes(work) + float_rows::bytes(s)
+              : 0) +
          padded(static_cast<std::size_t>(work.tile_state_floats()) * own_states * sizeof(float));
 }
 

@@ -37,78 +37,78 @@ class scratch_arena {
 
 /// Where the rows of up to chunk_keys keys lie.
 struct row_pointers {
-  std::array<const float*, chunk_keys + prefetch_rows> k;
-  std::array<const float*, chunk_keys> v;
+  std::array<const void*, chunk_keys + prefetch_rows> k;
+  std::array<const void*, chunk_keys + prefetch_rows> v;
+  index_t count = 0;
+
+  /// key_count > 0.
+  void locate(const token_t* keys, index_t key_count, const kv_rows& rows) {
+    count = key_count;
+    rows.k.locate(keys, count, k.data());
+    if (rows.v_panel == 0) {
+      rows.v.locate(keys, count, v.data());
+    } else {
+      for (index_t i = 0; i < count; ++i) v[static_cast<std::size_t>(i)] = rows.packed_v(keys[i]);
+    }
+    pad(k);
+    pad(v);
+  }
+
+  /// As many rows as `other` has, one to be prefetched with each of them: those of `keys`, then
+  /// those of `other` itself.
+  void locate_beside(const row_pointers& other, const token_t* keys, index_t key_count,
+                     const kv_rows& rows) {
+    count = other.count;
+    const index_t known = std::min(key_count, count);
+    rows.k.locate(keys, known, k.data());
+    rows.v.locate(keys, known, v.data());
+    std::copy(other.k.begin() + known, other.k.begin() + count, k.begin() + known);
+    std::copy(other.v.begin() + known, other.v.begin() + count, v.begin() + known);
+  }
+
+ protected:
+  using list = std::array<const void*, chunk_keys + prefetch_rows>;
+  void pad(list& rows) const {
+    std::fill_n(rows.data() + count, prefetch_rows, rows[static_cast<std::size_t>(count - 1)]);
+  }
+};
+
+/// The same for the tile kernel, which reads f32: rows of other types are widened, chunk by chunk.
+struct float_rows : row_pointers {
   float* widened;  // room for the rows of a chunk that must be widened, k before v
 
   /// Bytes of scratch for a sequence, with room for widened rows.
   static std::size_t bytes(const attention_sequence& s) {
-    return padded(sizeof(row_pointers)) +
+    return padded(sizeof(float_rows)) +
            padded(static_cast<std::size_t>(widened_floats(s.kv)) * sizeof(float));
   }
-  static row_pointers& take(scratch_arena& arena, const attention_sequence& s) {
-    row_pointers& rows = *arena.take<row_pointers>(1);
+  static float_rows& take(scratch_arena& arena, const attention_sequence& s) {
+    float_rows& rows = *arena.take<float_rows>(1);
     rows.widened = arena.take<float>(widened_floats(s.kv));
     return rows;
   }
 
-  void locate(const token_t* keys, index_t count, const kv_rows& rows,
+  void locate(const token_t* keys, index_t key_count, const kv_rows& rows, const kv_view& kv,
               const kernel_table& kernels) {
+    row_pointers::locate(keys, key_count, rows);
     float* room = widened;
-    if (rows.k_data != nullptr) {
-      in_place(rows.k_data, rows.k_stride, keys, count, k.data());
-    } else {
-      widen(rows.k, rows.kv_head, keys, count, kernels, room, k.data());
-      room += chunk_keys * rows.k.dim;
+    if (rows.k.type != dtype::f32) {
+      widen(rows.k.type, kv.k.dim, count, kernels, room, k.data());
+      pad(k);
+      room += chunk_keys * kv.k.dim;
     }
-    for (index_t i = count; i < count + prefetch_rows; ++i) k[at(i)] = k[at(count - 1)];
-    if (rows.v_data != nullptr && rows.v_panel == 0) {
-      in_place(rows.v_data, rows.v_stride, keys, count, v.data());
-    } else if (rows.v_data != nullptr) {
-      for (index_t i = 0; i < count; ++i) v[at(i)] = rows.packed_v(keys[i]);
-    } else {
-      widen(rows.v, rows.kv_head, keys, count, kernels, room, v.data());
-    }
-  }
-
-  static void in_place(const float* data, index_t stride, const token_t* keys, index_t count,
-                       const float** rows) {
-    for (index_t i = 0; i < count; ++i) rows[i] = data + keys[i] * stride;
+    if (rows.v.type != dtype::f32) widen(rows.v.type, kv.v.dim, count, kernels, room, v.data());
   }
 
  private:
-  static std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
   static index_t widened_floats(const kv_view& kv) {
     return chunk_keys * ((kv.k.type == dtype::f32 ? 0 : kv.k.dim) +
                          (kv.v.type == dtype::f32 ? 0 : kv.v.dim));
   }
-  static void widen(const stored_view& view, index_t kv_head, const token_t* keys, index_t count,
-                    const kernel_table& kernels, float* to, const float** rows) {
-    const void* from[chunk_keys];
-    for (index_t i = 0; i < count; ++i) {
-      from[i] = view.row(keys[i], kv_head);
-      rows[i] = to + i * view.dim;
-    }
-    kernels.load_rows({from, view.type, count, view.dim, to});
-  }
-};
-
-/// Rows that are likely to be wanted soon, as many as a list that is being multiplied: one prefetch
-/// goes with each of its rows.
-struct next_rows {
-  std::array<const float*, chunk_keys> k;
-  std::array<const float*, chunk_keys> v;
-
-  /// The rows of `keys`; where there are fewer than `count`, or the rows are widened list by list,
-  /// the list's own instead.
-  void expect(const token_t* keys, index_t have, const kv_rows& rows, const row_pointers& own,
-              index_t count) {
-    const index_t known =
-        rows.k_data == nullptr || rows.v_data == nullptr ? 0 : std::min(have, count);
-    row_pointers::in_place(rows.k_data, rows.k_stride, keys, known, k.data());
-    row_pointers::in_place(rows.v_data, rows.v_stride, keys, known, v.data());
-    std::copy(own.k.begin() + known, own.k.begin() + count, k.begin() + known);
-    std::copy(own.v.begin() + known, own.v.begin() + count, v.begin() + known);
+  static void widen(dtype type, index_t dim, index_t count, const kernel_table& kernels, float* to,
+                    const void** rows) {
+    kernels.load_rows({rows, type, count, dim, to});
+    for (index_t i = 0; i < count; ++i) rows[i] = to + i * dim;
   }
 };
 

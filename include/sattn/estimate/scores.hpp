@@ -129,7 +129,7 @@ class logit_tile {
     pack_args pack{{}, head_dim_, 0, scale_, block};
     for (index_t r = 0; r < rows; ++r) pack.q_rows[r] = q.row(first_row + r, q_head);
     kernels_.pack_queries(pack);
-    const float* k_rows[chunk_keys + prefetch_rows];
+    const void* k_rows[chunk_keys + prefetch_rows];
     for (index_t key = keys.begin; key < keys.end; key += chunk_keys) {
       const index_t count = std::min<index_t>(chunk_keys, keys.end - key);
       for (index_t i = 0; i < count + prefetch_rows; ++i) {

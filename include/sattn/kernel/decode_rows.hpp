@@ -2,192 +2,140 @@
 #pragma once
 
 #include <sattn/kernel/kernel_args.hpp>
-#include <sattn/kernel/list_rows.hpp>
 #include <sattn/kernel/prefill_tile.hpp>
+#include <sattn/kernel/row_products.hpp>
 #include <sattn/simd/exp.hpp>
 
 // A few query rows against chunks of keys, with the head dimension in the lanes: for decoding and
 // for lists that belong to a single row, where 16 query lanes would stand mostly empty. Rows of K
-// and V are streamed once for up to four query rows.
+// and V are read and widened once for up to four query rows.
 
 namespace sattn::kernel {
 
-/// scores[n][key] = q[n] . k[key] for all keys, one row of K at a time: memory delivers an ascending
-/// stream at its full rate, and several rows in lock step at half of it (docs/dead_ends.md).
-template <class Arch, int Queries>
-SATTN_NOINLINE void qk_rows(const float* const* k_rows, index_t count, const float* q,
-                            index_t q_stride, index_t head_dim,
-                            float* SATTN_RESTRICT scores) noexcept {
-  using V = simd::vec<Arch>;
-  constexpr index_t width = V::width;
-  // The same for any number of queries: a row's bits do not depend on the rows beside it. Keys are
-  // independent, so two chains a query are enough to cover the FMA latency.
-  constexpr int chains = 2;
-  SATTN_NO_UNROLL
-  for (index_t key = 0; key < count; ++key) {
-    const float* const k = k_rows[key];
-    V acc[Queries][chains];
-    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-      simd::unroll<chains>([&](auto c) SATTN_INLINE_LAMBDA { acc[n][c] = V::zero(); });
-    });
-    index_t i = 0;
-    SATTN_NO_UNROLL
-    for (; i + chains * width <= head_dim; i += chains * width) {
-      simd::unroll<chains>([&](auto c) SATTN_INLINE_LAMBDA {
-        const V row = V::load(k + i + c * width);
-        simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-          acc[n][c] = simd::fma(V::load_aligned(q + n * q_stride + i + c * width), row, acc[n][c]);
-        });
-      });
-    }
-    for (; i < head_dim; i += width) {
-      const V row = i + width <= head_dim ? V::load(k + i) : V::load_partial(k + i, head_dim - i);
-      simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-        acc[n][0] = simd::fma(V::load_aligned(q + n * q_stride + i), row, acc[n][0]);
-      });
-    }
-    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-      scores[n * chunk_keys + key] = simd::reduce_add(acc[n][0] + acc[n][1]);
-    });
-  }
-}
-
-/// out[n] += sum over Rows rows of V of p[n][row] * row. The output stays in the first-level cache.
-template <class Arch, int Queries, int Rows>
-SATTN_ALWAYS_INLINE void add_rows(const float* const* v_rows, index_t v_dim, const float* p,
-                                  float* SATTN_RESTRICT out, index_t out_stride) {
-  using V = simd::vec<Arch>;
-  constexpr index_t width = V::width;
-  const float* v[Rows];
-  V weight[Queries][Rows];
-  simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA {
-    v[r] = v_rows[r];
-    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-      weight[n][r] = V::broadcast(p[n * chunk_keys + r]);
-    });
-  });
-  const auto add = [&](index_t col, const V (&row)[Rows]) SATTN_INLINE_LAMBDA {
-    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-      float* const at = out + n * out_stride + col;
-      V sum = V::load_aligned(at);
-      simd::unroll<Rows>(
-          [&](auto r) SATTN_INLINE_LAMBDA { sum = simd::fma(weight[n][r], row[r], sum); });
-      sum.store_aligned(at);
-    });
-  };
-  V row[Rows];
-  index_t col = 0;
-  for (; col + width <= v_dim; col += width) {
-    simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA { row[r] = V::load(v[r] + col); });
-    add(col, row);
-  }
-  if (col < v_dim) {
-    simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA {
-      row[r] = V::load_partial(v[r] + col, v_dim - col);
-    });
-    add(col, row);
-  }
-}
-
-/// out[n] = out[n] * rescale[n] + sum over keys of p[n][key] v[key], two rows of V at a time: one
-/// would be bound by its stores, four would break the stream from memory.
-template <class Arch, int Queries>
-SATTN_NOINLINE void pv_rows(const float* const* v_rows, index_t count, index_t v_dim,
-                            const float* p, const float* rescale, float* SATTN_RESTRICT out,
-                            index_t out_stride) noexcept {
-  using V = simd::vec<Arch>;
-  for (int n = 0; n < Queries; ++n) {
-    const V factor = V::broadcast(rescale[n]);
-    for (index_t col = 0; col < v_dim; col += V::width) {
-      float* const at = out + n * out_stride + col;
-      (V::load_aligned(at) * factor).store_aligned(at);
-    }
-  }
-  index_t key = 0;
-  SATTN_NO_UNROLL
-  for (; key + 2 <= count; key += 2) {
-    add_rows<Arch, Queries, 2>(v_rows + key, v_dim, p + key, out, out_stride);
-  }
-  if (key < count) add_rows<Arch, Queries, 1>(v_rows + key, v_dim, p + key, out, out_stride);
-}
-
-/// One row of scores: soft cap, mask, softmax against the running maximum. Returns the factor of
-/// what was accumulated before.
 template <class Arch>
-SATTN_NOINLINE float softmax_row(const rows_args& args, index_t query, float* SATTN_RESTRICT s,
-                                 float* SATTN_RESTRICT max_and_sum) noexcept {
+constexpr index_t padded_keys(index_t count) {
+  constexpr index_t width = simd::vec<Arch>::width;
+  return (count + width - 1) / width * width;
+}
+
+/// Soft cap and masks, in this order, over the scores of one query; -inf behind the last key.
+template <class Arch>
+SATTN_NOINLINE void adjust_row(const rows_args& args, index_t query, index_t begin, index_t count,
+                               float* SATTN_RESTRICT s) noexcept {
   using V = simd::vec<Arch>;
-  constexpr index_t width = V::width;
   const float minus_inf = -__builtin_inff();
-  const index_t padded = (args.count + width - 1) / width * width;
+  const index_t padded = padded_keys<Arch>(count);
   if (args.soft_cap != 0.0f) {
     const V cap = V::broadcast(args.soft_cap);
-    for (index_t i = args.count; i < padded; ++i) s[i] = 0.0f;
-    for (index_t i = 0; i < padded; i += width) {
+    for (index_t i = count; i < padded; ++i) s[i] = 0.0f;
+    for (index_t i = 0; i < padded; i += V::width) {
       (cap * simd::tanh(V::load_aligned(s + i))).store_aligned(s + i);
     }
   }
   if (args.masks != nullptr) {
     const int bit = args.mask_bit[query];
-    for (index_t i = 0; i < args.count; ++i) {
-      if ((args.masks[i] >> bit & 1) == 0) s[i] = minus_inf;
+    for (index_t i = 0; i < count; ++i) {
+      if ((args.masks[begin + i] >> bit & 1) == 0) s[i] = minus_inf;
     }
   }
-  for (index_t i = args.count; i < padded; ++i) s[i] = minus_inf;
-  V top = V::load_aligned(s);
-  for (index_t i = width; i < padded; i += width) top = simd::max(top, V::load_aligned(s + i));
-  const float chunk_max = simd::reduce_max(top);
-  const float before = max_and_sum[0];
-  const float after = chunk_max > before ? chunk_max : before;
-  const float base = after == minus_inf ? 0.0f : after;
-  V sum = V::zero();
-  const V vec_base = V::broadcast(base);
-  for (index_t i = 0; i < padded; i += width) {
-    const V p = simd::exp_nonpositive(V::load_aligned(s + i) - vec_base);
-    p.store_aligned(s + i);
-    sum = sum + p;
-  }
-  alignas(64) float factor[width];
-  simd::exp_nonpositive(V::broadcast(before - base)).store_aligned(factor);
-  max_and_sum[0] = after;
-  max_and_sum[1] = max_and_sum[1] * factor[0] + simd::reduce_add(sum);
-  return factor[0];
+  for (index_t i = count; i < padded; ++i) s[i] = minus_inf;
 }
 
+/// Scores of a piece to probabilities, against the running maxima; rescale[n] becomes the factor of
+/// what query n has accumulated before.
 template <class Arch, int Queries>
-SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first) {
+SATTN_NOINLINE void softmax_rows(float* SATTN_RESTRICT scores, index_t count,
+                                 float* SATTN_RESTRICT max_and_sum, index_t state_stride,
+                                 float* SATTN_RESTRICT rescale) noexcept {
+  using V = simd::vec<Arch>;
+  constexpr int width = V::width;
+  static_assert(Queries <= width);
+  const index_t padded = padded_keys<Arch>(count);
+  const float minus_inf = -__builtin_inff();
+  alignas(64) float change[width] = {};
+  V sum[Queries];
+  simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+    float* const s = scores + n * chunk_keys;
+    float& row_max = max_and_sum[n * state_stride];
+    V top = V::load_aligned(s);
+    for (index_t i = width; i < padded; i += width) top = simd::max(top, V::load_aligned(s + i));
+    const float piece_max = simd::reduce_max(top);
+    const float after = piece_max > row_max ? piece_max : row_max;
+    // -inf - -inf would be NaN; with base 0 every masked score still becomes exactly 0.
+    const float base = after == minus_inf ? 0.0f : after;
+    change[n] = row_max - base;
+    row_max = after;
+    const V vec_base = V::broadcast(base);
+    sum[n] = V::zero();
+    SATTN_NO_UNROLL
+    for (index_t i = 0; i < padded; i += width) {
+      const V p = simd::exp_nonpositive(V::load_aligned(s + i) - vec_base);
+      p.store_aligned(s + i);
+      sum[n] = sum[n] + p;
+    }
+  });
+  simd::exp_nonpositive(V::load_aligned(change)).store_aligned(rescale);
+  simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+    float& row_sum = max_and_sum[n * state_stride + 1];
+    row_sum = row_sum * rescale[n] + simd::reduce_add(sum[n]);
+  });
+}
+
+/// The keys [begin, begin + count) for the queries [first, first + Queries). `next_k` and `next_v`
+/// are the rows that come after them.
+template <class Arch, int Queries>
+SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, index_t begin,
+                                          index_t count, const void* const* next_k,
+                                          const void* const* next_v) {
   const index_t q_stride = row_out_floats(args.head_dim);
   const index_t state_stride = row_state_floats(args.v_dim);
-  float* const states = args.states + first * state_stride;
   const float* const q = args.q + first * q_stride;
-  if (args.scattered) {
-    qk_lists<Arch, Queries>(args.k_rows, args.next_k, args.count, q, q_stride, args.head_dim,
-                            args.scores);
-  } else {
-    qk_rows<Arch, Queries>(args.k_rows, args.count, q, q_stride, args.head_dim, args.scores);
+  float* const states = args.states + first * state_stride;
+  alignas(64) float scores[Queries * chunk_keys];
+  alignas(64) float rescale[simd::vec<Arch>::width];
+  // One query alone is bound by the cache that delivers its own rows.
+  const bool ahead = Queries > 1 || !args.cached;
+  with_type(args.k_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
+    const auto run =
+        ahead ? &qk_rows<Arch, Queries, T, true> : &qk_rows<Arch, Queries, T, Queries != 1>;
+    run(args.k_rows + begin, next_k, count, q, q_stride, args.head_dim, scores);
+  });
+  if (count % simd::vec<Arch>::width != 0 || args.masks != nullptr || args.soft_cap != 0.0f) {
+    for (int n = 0; n < Queries; ++n) {
+      adjust_row<Arch>(args, first + n, begin, count, scores + n * chunk_keys);
+    }
   }
-  float rescale[Queries];
-  for (int n = 0; n < Queries; ++n) {
-    rescale[n] = softmax_row<Arch>(args, first + n, args.scores + n * chunk_keys,
-                                   states + n * state_stride + row_out_floats(args.v_dim));
-  }
-  if (args.scattered) {
-    pv_lists<Arch, Queries>(args.v_rows, args.next_v, args.count, args.v_dim, args.scores, rescale,
-                            states, state_stride);
-  } else {
-    pv_rows<Arch, Queries>(args.v_rows, args.count, args.v_dim, args.scores, rescale, states,
-                           state_stride);
-  }
+  softmax_rows<Arch, Queries>(scores, count, states + row_out_floats(args.v_dim), state_stride,
+                              rescale);
+  with_type(args.v_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
+    const auto run =
+        ahead ? &pv_rows<Arch, Queries, T, true> : &pv_rows<Arch, Queries, T, Queries != 1>;
+    run(args.v_rows + begin, next_v, count, args.v_dim, scores, rescale, states, state_stride);
+  });
 }
 
-/// One chunk of keys for every query row, four (then two, then one) at a time.
+/// One chunk of keys for every query row, piece by piece, four rows (then three, two or one) at a
+/// time.
 template <class Arch>
 SATTN_NOINLINE void attend_rows(const rows_args& args) noexcept {
   SATTN_ASSERT(args.count > 0 && args.count <= chunk_keys);
-  index_t first = 0;
-  for (; first + 4 <= args.queries; first += 4) attend_row_group<Arch, 4>(args, first);
-  for (; first + 2 <= args.queries; first += 2) attend_row_group<Arch, 2>(args, first);
-  for (; first < args.queries; ++first) attend_row_group<Arch, 1>(args, first);
+  const index_t piece = args.cached ? chunk_keys : stream_piece;
+  for (index_t begin = 0; begin < args.count; begin += piece) {
+    const index_t end = begin + piece < args.count ? begin + piece : args.count;
+    const void* const* const next_k = end < args.count ? args.k_rows + end : args.next_k;
+    const void* const* const next_v = end < args.count ? args.v_rows + end : args.next_v;
+    const auto run = [&](auto queries, index_t first) SATTN_INLINE_LAMBDA {
+      attend_row_group<Arch, queries>(args, first, begin, end - begin, next_k, next_v);
+    };
+    index_t first = 0;
+    for (; first + 4 <= args.queries; first += 4) run(std::integral_constant<int, 4>{}, first);
+    switch (args.queries - first) {
+      case 3: run(std::integral_constant<int, 3>{}, first); break;
+      case 2: run(std::integral_constant<int, 2>{}, first); break;
+      case 1: run(std::integral_constant<int, 1>{}, first); break;
+      default: break;
+    }
+  }
 }
 
 /// Combines the partial states of one query row in the order given and writes the row.

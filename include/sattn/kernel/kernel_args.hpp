@@ -13,7 +13,7 @@ namespace sattn {
 
 inline constexpr index_t tile_lanes = 16;   // query rows (or rows x heads) of one lane block
 inline constexpr index_t chunk_keys = 128;  // keys that one kernel call takes at most
-inline constexpr index_t prefetch_rows = 8;  // extra entries behind tile_args::k_rows
+inline constexpr index_t prefetch_rows = 16;  // extra entries behind lists of rows
 
 /// State of 16 query lanes while their keys stream by, in floats:
 /// q [head_dim][16], pre-scaled and transposed; out [v_dim][16]; row_max [16]; row_sum [16].
@@ -50,9 +50,9 @@ struct rows_ahead {
 };
 
 struct tile_args {
-  const float* const* k_rows;  // [count + prefetch_rows]; the extra ones are only prefetched
-  const float* const* v_rows;  // [count]; of packed values, the key's place in its first panel; null
-                               // for score_tile
+  const void* const* k_rows;   // [count + prefetch_rows] f32; the extra ones are only prefetched
+  const void* const* v_rows;   // [count] f32; of packed values, the key's place in its first panel;
+                               // null for score_tile
   index_t v_panel;             // floats from a panel of packed values to the next; 0 = rows in place
   index_t count;               // 1 .. chunk_keys
   const std::uint16_t* masks;  // [count], bit = lane that attends to the key; null = all lanes
@@ -87,22 +87,27 @@ struct finish_args {
 constexpr index_t row_out_floats(index_t v_dim) { return (v_dim + 15) / 16 * 16; }
 constexpr index_t row_state_floats(index_t v_dim) { return row_out_floats(v_dim) + 16; }
 
+// Keys that the row kernel takes at a time: in short pieces the reads of K and V take turns at every
+// page or so, which memory answers faster than longer runs of either.
+inline constexpr index_t stream_piece = 16;
+
 struct rows_args {
   const float* q;  // [queries][round_up(head_dim, 16)], pre-scaled, zero behind head_dim
   index_t queries;
-  const float* const* k_rows;  // [count]
-  const float* const* v_rows;  // [count]
-  const float* const* next_k;  // [count] rows of a later call, to be prefetched; read if scattered
-  const float* const* next_v;  // [count]
-  index_t count;               // 1 .. chunk_keys
+  dtype k_type;
+  dtype v_type;
+  const void* const* k_rows;  // [count + prefetch_rows]; the extra ones are not read
+  const void* const* v_rows;  // [count + prefetch_rows]
+  const void* const* next_k;  // [stream_piece], or [count] if cached: rows of a later call
+  const void* const* next_v;  // the same
+  index_t count;              // 1 .. chunk_keys
   const std::uint16_t* masks;  // [count] or null; query i attends where bit mask_bit[i] is set
   const std::uint8_t* mask_bit;  // [queries]; not read without masks
-  bool scattered;  // the rows lie anywhere and in a cache; otherwise they ascend and stream
+  bool cached;  // the rows lie anywhere in a cache; otherwise they come from memory, ascending
   index_t head_dim;
   index_t v_dim;
   float soft_cap;
   float* states;  // [queries][row_state_floats(v_dim)]
-  float* scores;  // [4][chunk_keys], scratch
 };
 
 struct merge_args {

@@ -1,22 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/kernel/stored_row.hpp>
 #include <sattn/kernel/tile_parts.hpp>
-#include <sattn/simd/convert.hpp>
 
 // Rows of K and V as engines store them, brought into the form that the tile kernel reads.
 
 namespace sattn::kernel {
-
-/// Calls f with a null pointer of the storage type.
-template <class F>
-SATTN_ALWAYS_INLINE void with_type(dtype type, F&& f) {
-  switch (type) {
-    case dtype::f32: return f(static_cast<const float*>(nullptr));
-    case dtype::f16: return f(static_cast<const f16*>(nullptr));
-    case dtype::bf16: return f(static_cast<const bf16*>(nullptr));
-  }
-}
 
 /// Rows one behind the other: out [count][dim].
 template <class Arch>

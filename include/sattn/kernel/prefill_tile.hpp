@@ -64,10 +64,10 @@ SATTN_NOINLINE void pack_queries(const pack_args& args) noexcept {
 /// panel share lines: the first and the last key stand for all of a run.
 template <class Arch, int Rows>
 SATTN_ALWAYS_INLINE void prefetch_panels(const tile_args& args, index_t key) {
-  const float* const* const rows = args.v_rows + key;
+  const void* const* const rows = args.v_rows + key;
   constexpr index_t cols = tile_rows<Arch>;
-  const float* first = rows[0];
-  const float* last = rows[Rows - 1] + cols - 1;
+  const float* first = float_row(rows[0]);
+  const float* last = float_row(rows[Rows - 1]) + cols - 1;
   for (index_t i = 0; i < args.v_dim; i += cols) {
     simd::prefetch(first);
     simd::prefetch(last);

@@ -42,12 +42,16 @@ SATTN_ALWAYS_INLINE void for_each_tile(index_t count, F&& f) {
   }
 }
 
+SATTN_ALWAYS_INLINE const float* float_row(const void* row) {
+  return static_cast<const float*>(row);
+}
+
 /// Scores of Rows keys against 16 query lanes, and the running row maxima.
 /// k_rows[0 .. Rows) in place; k_rows[Rows .. 2 Rows) are only prefetched, which pays even from the
 /// second-level cache: no hardware prefetcher follows six short streams. With Values, so are
 /// v_rows[0 .. Rows), whose lines come in one by one instead of all at once.
 template <class Arch, int Rows, bool Values>
-SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_rows,
+SATTN_NOINLINE void qk_tile(const void* const* k_rows, const void* const* v_rows,
                             index_t head_dim, const float* q, float* SATTN_RESTRICT scores,
                             float* SATTN_RESTRICT maxima) noexcept {
   using V = simd::vec<Arch>;
@@ -59,7 +63,7 @@ SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_ro
   V acc[Rows][vecs];
   const float* k[Rows];
   simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA {
-    k[r] = k_rows[r];
+    k[r] = float_row(k_rows[r]);
     simd::unroll<vecs>([&](auto c) SATTN_INLINE_LAMBDA { acc[r][c] = V::zero(); });
   });
   const auto depth = [&](index_t i) SATTN_INLINE_LAMBDA {
@@ -79,9 +83,10 @@ SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_ro
   for (; i + depth_step <= head_dim; i += depth_step) {
     if constexpr (depth_step == 16) {
       simd::unroll<Rows>(
-          [&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch(k_rows[Rows + r] + i); });
+          [&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch(float_row(k_rows[Rows + r]) + i); });
       if constexpr (Values) {
-        simd::unroll<Rows>([&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch(v_rows[r] + i); });
+        simd::unroll<Rows>(
+            [&](auto r) SATTN_INLINE_LAMBDA { simd::prefetch(float_row(v_rows[r]) + i); });
       }
     }
     simd::unroll<depth_step>([&](auto u) SATTN_INLINE_LAMBDA { depth(i + u); });
@@ -103,7 +108,7 @@ SATTN_NOINLINE void qk_tile(const float* const* k_rows, const float* const* v_ro
 /// begin `offset` floats behind v_rows. The rescale rides on the load of the accumulators, so no
 /// key is special.
 template <class Arch, int Cols>
-SATTN_NOINLINE void pv_tile(const float* const* v_rows, index_t offset, index_t count,
+SATTN_NOINLINE void pv_tile(const void* const* v_rows, index_t offset, index_t count,
                             const float* probabilities, const float* rescale,
                             float* SATTN_RESTRICT out) noexcept {
   using V = simd::vec<Arch>;
@@ -119,7 +124,7 @@ SATTN_NOINLINE void pv_tile(const float* const* v_rows, index_t offset, index_t 
     });
   });
   const auto one_key = [&](index_t key) SATTN_INLINE_LAMBDA {
-    const float* v = v_rows[key] + offset;
+    const float* v = float_row(v_rows[key]) + offset;
     V p[vecs];
     simd::unroll<vecs>([&](auto c) SATTN_INLINE_LAMBDA {
       p[c] = V::load_aligned(probabilities + key * tile_lanes + c * width);

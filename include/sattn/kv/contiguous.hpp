@@ -3,6 +3,7 @@
 
 #include <sattn/core/dtype.hpp>
 #include <sattn/core/tensor_view.hpp>
+#include <sattn/kv/row_source.hpp>
 
 #include <concepts>
 #include <string_view>
@@ -34,6 +35,12 @@ struct stored_view {
   const void* row(index_t token, index_t head) const {
     return static_cast<const char*>(data) +
            (token * token_stride + head * head_stride) * static_cast<index_t>(size_of(type));
+  }
+
+  row_source rows(index_t head) const {
+    if (tokens == 0) return {nullptr, 0, type};  // there may be no memory
+    return {static_cast<const std::byte*>(row(0, head)),
+            token_stride * static_cast<index_t>(size_of(type)), type};
   }
 
   /// Calls f with the tensor_view that this is.

@@ -57,15 +57,29 @@ SATTN_ALWAYS_INLINE void reduce_each(const vec<Arch> (&rows)[N], float* sums) {
 }
 
 #if defined(__AVX2__) && defined(__FMA__)
-SATTN_ALWAYS_INLINE void reduce_each(const vec<arch::avx2> (&rows)[8], float* sums) {
-  __m256 pair[4];
-  unroll<4>([&](auto i) SATTN_INLINE_LAMBDA {
-    pair[i] = _mm256_hadd_ps(rows[2 * i].reg, rows[2 * i + 1].reg);
+template <int N>
+SATTN_ALWAYS_INLINE void reduce_each(const vec<arch::avx2> (&rows)[N], float* sums) {
+  // Four rows become one register of half sums each; the halves of two such registers change places.
+  __m256 quad[(N + 3) / 4];
+  unroll<(N + 3) / 4>([&](auto i) SATTN_INLINE_LAMBDA {
+    constexpr auto row = [](int r) { return r < N ? r : N - 1; };
+    quad[i] = _mm256_hadd_ps(
+        _mm256_hadd_ps(rows[row(4 * i)].reg, rows[row(4 * i + 1)].reg),
+        _mm256_hadd_ps(rows[row(4 * i + 2)].reg, rows[row(4 * i + 3)].reg));
   });
-  const __m256 low = _mm256_hadd_ps(pair[0], pair[1]);
-  const __m256 high = _mm256_hadd_ps(pair[2], pair[3]);
-  const __m256 halves = _mm256_permute2f128_ps(low, high, 0x21);
-  _mm256_store_ps(sums, _mm256_add_ps(_mm256_blend_ps(low, high, 0xF0), halves));
+  unroll<N / 8>([&](auto i) SATTN_INLINE_LAMBDA {
+    const __m256 low = quad[2 * i];
+    const __m256 high = quad[2 * i + 1];
+    const __m256 halves = _mm256_permute2f128_ps(low, high, 0x21);
+    _mm256_store_ps(sums + 8 * i, _mm256_add_ps(_mm256_blend_ps(low, high, 0xF0), halves));
+  });
+  unroll<(N + 3) / 4 - N / 8 * 2>([&](auto i) SATTN_INLINE_LAMBDA {
+    const __m256 last = quad[N / 8 * 2 + i];
+    alignas(16) float four[4];
+    _mm_store_ps(four, _mm_add_ps(_mm256_castps256_ps128(last), _mm256_extractf128_ps(last, 1)));
+    constexpr int first = N / 8 * 8 + 4 * i;
+    for (int j = 0; j < (N - first < 4 ? N - first : 4); ++j) sums[first + j] = four[j];
+  });
 }
 #endif
 

@@ -185,6 +185,13 @@ SATTN_ALWAYS_INLINE float reduce_add(vec<Arch> a) {
 
 template <class Arch>
 SATTN_ALWAYS_INLINE float reduce_max(vec<Arch> a) {
+#if defined(__AVX2__) && defined(__FMA__)
+  if constexpr (std::is_same_v<Arch, arch::avx2>) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.reg), _mm256_extractf128_ps(a.reg, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
+#endif
   constexpr int width = vec<Arch>::width;
   alignas(64) float lane[width];
   a.store_aligned(lane);

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/core/dtype.hpp>
+#include <sattn/simd/convert.hpp>
+
+namespace sattn::kernel {
+
+/// A row of K or V as it is stored, read as f32. What a row of integers must be multiplied with is
+/// not part of it: the kernels multiply a score or a probability by it, once for the row.
+template <class Arch, class T>
+struct stored_row {
+  using V = simd::vec<Arch>;
+  static constexpr index_t line = 64 / static_cast<index_t>(sizeof(T));  // elements in a cache line
+
+  const T* data;
+
+  stored_row() = default;
+  SATTN_ALWAYS_INLINE explicit stored_row(const void* row) : data(static_cast<const T*>(row)) {}
+
+  SATTN_ALWAYS_INLINE V load(index_t i) const { return simd::load_as_float<Arch>(data + i); }
+  SATTN_ALWAYS_INLINE V load_partial(index_t i, index_t count) const {
+    alignas(64) float buffer[V::width] = {};
+    for (index_t j = 0; j < count; ++j) buffer[j] = to_float(data[i + j]);
+    return V::load_aligned(buffer);
+  }
+  SATTN_ALWAYS_INLINE void prefetch(index_t i) const { simd::prefetch_near(data + i); }
+};
+
+/// Calls f with a null pointer of the storage type.
+template <class F>
+SATTN_ALWAYS_INLINE void with_type(dtype type, F&& f) {
+  switch (type) {
+    case dtype::f32: return f(static_cast<const float*>(nullptr));
+    case dtype::f16: return f(static_cast<const f16*>(nullptr));
+    case dtype::bf16: return f(static_cast<const bf16*>(nullptr));
+  }
+}
+
+}  // namespace sattn::kernel
