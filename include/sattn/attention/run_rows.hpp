@@ -52,12 +52,16 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
   row_pointers& next = *rows_of_chunk[1];
   float_rows& shared_rows = float_rows::take(scratch, s);
 
+  const bool has_splits = plan.has_splits();
   row_lists& lists = *scratch.take<row_lists>(1);
   lists.counts.fill(0);
   const auto flush_row = [&](index_t row) {
     const auto r = static_cast<std::size_t>(row);
     const index_t count = std::exchange(lists.counts[r], 0);
     pointers.locate(lists.keys[r].data(), count, kv);
+    if (work.sharing == 1 && !has_splits) {  // the kernel does not look ahead
+      return queries.attend(row, 1, pointers, pointers, 0, count, nullptr);
+    }
     const auto fullest = static_cast<std::size_t>(
         std::max_element(lists.counts.begin(), lists.counts.end()) - lists.counts.begin());
     next.locate_beside(pointers, lists.keys[fullest].data(), lists.counts[fullest], kv);
@@ -70,7 +74,6 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
   static_assert(chunk_keys * 4 >= row_sharing::least_pairs, "a full chunk is worth a tile");
   row_sharing sharing(work.sharing);
   const unsigned all = (1u << rows.size()) - 1;
-  const bool has_splits = plan.has_splits();
   while (cursor.next(chunk)) {
     const key_chunk::sub_tile& part = chunk.sub[0];
     for (index_t i = part.begin; i < part.end; ++i) {

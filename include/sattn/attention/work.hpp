@@ -58,6 +58,7 @@ struct row_pointers {
   /// those of `other` itself.
   void locate_beside(const row_pointers& other, const token_t* keys, index_t key_count,
                      const kv_rows& rows) {
+    SATTN_ASSERT(rows.v_panel == 0);
     count = other.count;
     const index_t known = std::min(key_count, count);
     rows.k.locate(keys, known, k.data());
@@ -69,7 +70,7 @@ struct row_pointers {
  protected:
   using list = std::array<const void*, chunk_keys + prefetch_rows>;
   void pad(list& rows) const {
-    std::fill_n(rows.data() + count, prefetch_rows, rows[static_cast<std::size_t>(count - 1)]);
+    std::fill(rows.begin() + count, rows.end(), rows[static_cast<std::size_t>(count - 1)]);
   }
 };
 

@@ -90,6 +90,7 @@ constexpr index_t row_state_floats(index_t v_dim) { return row_out_floats(v_dim)
 // Keys that the row kernel takes at a time: in short pieces the reads of K and V take turns at every
 // page or so, which memory answers faster than longer runs of either.
 inline constexpr index_t stream_piece = 16;
+static_assert(prefetch_rows >= stream_piece, "a piece looks as far behind the list");
 
 struct rows_args {
   const float* q;  // [queries][round_up(head_dim, 16)], pre-scaled, zero behind head_dim
@@ -98,7 +99,7 @@ struct rows_args {
   dtype v_type;
   const void* const* k_rows;  // [count + prefetch_rows]; the extra ones are not read
   const void* const* v_rows;  // [count + prefetch_rows]
-  const void* const* next_k;  // [stream_piece], or [count] if cached: rows of a later call
+  const void* const* next_k;  // rows of a later call, one for each key of this call's last piece
   const void* const* next_v;  // the same
   index_t count;              // 1 .. chunk_keys
   const std::uint16_t* masks;  // [count] or null; query i attends where bit mask_bit[i] is set

@@ -8,14 +8,14 @@
 
 // The two products of the row kernel in register tiles: several rows of K in lock step, and of V a
 // few columns at a time with the output in registers. Each element is read and widened once for up
-// to four query rows. Meanwhile the rows of the next piece are prefetched, line by line in their
-// order, because no hardware follows rows in lock step.
+// to four query rows. Meanwhile the rows of the next piece are prefetched, of K the same places of as
+// many rows, of V line by line in their order, because no hardware follows rows in lock step.
 
 namespace sattn::kernel {
 
 /// Rows of K, and registers of a row of V, that a tile holds against Queries query rows: enough
-/// accumulators to cover the latency of two FMA units (8), at most 12 beside the operands. Of f32
-/// two registers are a cache line; three would touch two lines of each row in every pass.
+/// accumulators to cover the latency of two FMA units (8; 6 for three queries of f32), at most 12
+/// beside the operands. Of f32 two registers are a cache line; three would touch two lines of each row in every pass.
 template <int Queries, class T>
 inline constexpr int tile_keys = Queries == 1   ? 8
                                  : Queries == 2 ? 4

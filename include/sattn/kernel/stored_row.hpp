@@ -4,10 +4,11 @@
 #include <sattn/core/dtype.hpp>
 #include <sattn/simd/convert.hpp>
 
+#include <type_traits>
+
 namespace sattn::kernel {
 
-/// A row of K or V as it is stored, read as f32. What a row of integers must be multiplied with is
-/// not part of it: the kernels multiply a score or a probability by it, once for the row.
+/// A row of K or V as it is stored, read as f32.
 template <class Arch, class T>
 struct stored_row {
   using V = simd::vec<Arch>;
@@ -20,6 +21,7 @@ struct stored_row {
 
   SATTN_ALWAYS_INLINE V load(index_t i) const { return simd::load_as_float<Arch>(data + i); }
   SATTN_ALWAYS_INLINE V load_partial(index_t i, index_t count) const {
+    if constexpr (std::is_same_v<T, float>) return V::load_partial(data + i, count);
     alignas(64) float buffer[V::width] = {};
     for (index_t j = 0; j < count; ++j) buffer[j] = to_float(data[i + j]);
     return V::load_aligned(buffer);
