@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace sattn {
@@ -20,17 +21,23 @@ inline void check_block_sizes(const char* name, token_t q_block, token_t k_block
           " must be positive");
 }
 
-// The keys of key block j for the tiles of query block i.
-inline void emit_block(const plan_scope& scope, plan_writer& writer, token_t q_block,
-                       token_t k_block, index_t i, index_t j) {
+// Tiles [begin, end) of query block i.
+inline std::pair<index_t, index_t> tiles_of_block(const plan_scope& scope, token_t q_block,
+                                                  index_t i) {
   require(scope.grid.period > 0 && q_block % scope.grid.period == 0, "block pattern: tiles start at ",
           "multiples of ", scope.grid.period, ", which does not divide q_block ", q_block,
           ": a pattern that wraps another must pass on its grid()");
+  // Tiles of the caller's grid never straddle blocks, because the grid's period divides q_block.
+  return {scope.grid.tiles(i * q_block),
+          scope.grid.tiles(std::min((i + 1) * q_block, scope.shape.q_len))};
+}
+
+// The keys of key block j for some tiles.
+inline void emit_block(const plan_scope& scope, plan_writer& writer,
+                       std::pair<index_t, index_t> tiles, token_t k_block, index_t j) {
   const index_t begin = j * k_block;
   const index_t end = std::min(begin + k_block, scope.shape.kv_len);
-  const index_t last_row = std::min((i + 1) * q_block, scope.shape.q_len);
-  // Tiles of the caller's grid never straddle blocks, because the grid's period divides q_block.
-  for (index_t tile = scope.grid.tiles(i * q_block); tile < scope.grid.tiles(last_row); ++tile) {
+  for (index_t tile = tiles.first; tile < tiles.second; ++tile) {
     writer.range(tile, static_cast<token_t>(begin), static_cast<token_t>(end));
   }
 }
@@ -61,9 +68,10 @@ struct block_mask {
             mask.size(), " entries, expected ", sets, " x ", rows, " x ", cols);
     const auto set = mask.subspan(static_cast<std::size_t>(scope.pick(sets) * rows * cols));
     for (index_t i = 0; i < rows; ++i) {
+      const auto tiles = detail::tiles_of_block(scope, q_block, i);
       for (index_t j = 0; j < cols; ++j) {
         if (set[static_cast<std::size_t>(i * cols + j)] != 0) {
-          detail::emit_block(scope, writer, q_block, k_block, i, j);
+          detail::emit_block(scope, writer, tiles, k_block, j);
         }
       }
     }
@@ -100,6 +108,7 @@ struct block_lists {
       require(indptr[r] >= 0 && indptr[r] <= indptr[r + 1] && indptr[r + 1] <= indptr.back(),
               "block_lists: indptr decreases from ", indptr[r], " to ", indptr[r + 1], " at row ",
               r);
+      const auto tiles = detail::tiles_of_block(scope, q_block, i);
       token_t previous = -1;
       for (index_t at = indptr[r]; at < indptr[r + 1]; ++at) {
         const token_t j = indices[static_cast<std::size_t>(at)];
@@ -108,7 +117,7 @@ struct block_lists {
         require(j > previous, "block_lists: key block ", j, " follows ", previous, " in row ", r,
                 "; rows are sorted and hold each block once");
         previous = j;
-        detail::emit_block(scope, writer, q_block, k_block, i, j);
+        detail::emit_block(scope, writer, tiles, k_block, j);
       }
     }
   }

@@ -81,7 +81,8 @@ struct plan_scratch {
 /// merged, and clipped to what the domain makes legal. Keys that do not exist are an error.
 class plan_writer {
  public:
-  plan_writer(const plan_scope& scope, plan_scratch& scratch) : scope_(scope), scratch_(scratch) {
+  plan_writer(const plan_scope& scope, plan_scratch& scratch)
+      : scope_(scope), scratch_(scratch), tiles_(scope.tiles()) {
     scratch_.entries.clear();
     scratch_.distances.clear();
     scratch_.columns.clear();
@@ -111,8 +112,7 @@ class plan_writer {
   /// For the rows of one tile: the keys [begin, end).
   /// Throws: shape_error unless the tile exists and 0 <= begin, end <= kv_len.
   void range(index_t tile, token_t begin, token_t end) {
-    require(tile >= 0 && tile < scope_.tiles(), "plan_writer: tile ", tile, " of ",
-            scope_.tiles());
+    require(tile >= 0 && tile < tiles_, "plan_writer: tile ", tile, " of ", tiles_);
     check_keys("range", begin, end);
     if (begin < end) scratch_.entries.push_back({tile, {begin, end}});
   }
@@ -140,6 +140,7 @@ class plan_writer {
 
   const plan_scope& scope_;
   plan_scratch& scratch_;
+  const index_t tiles_;  // counting them divides, which would show in range()
 };
 
 /// Which keys each row attends to. A model states them for one plan head at a time:
@@ -230,7 +231,7 @@ inline void plan_writer::finish_lists(plan_head& head) {
     std::sort(entries.begin(), entries.end(), before);
   }
   std::size_t next = 0;
-  for (index_t tile = 0; tile < scope_.tiles(); ++tile) {
+  for (index_t tile = 0; tile < tiles_; ++tile) {
     head.range_ptr.push_back(static_cast<index_t>(head.ranges.size()));
     head.token_ptr.push_back(static_cast<index_t>(head.tokens.size()));
     if (next == entries.size() || entries[next].tile != tile) continue;
@@ -359,7 +360,7 @@ inline void plan_writer::finish_row_keys(plan_head& head) {
     leave_tile();
   }
   std::size_t run = 0;
-  for (index_t tile = 0; tile < scope_.tiles(); ++tile) {
+  for (index_t tile = 0; tile < tiles_; ++tile) {
     while (run < runs.size() && runs[run].tile < tile) ++run;
     head.row_key_ptr.push_back(run < runs.size() ? runs[run].begin
                                                  : std::ssize(scratch_.row_keys));
@@ -380,7 +381,7 @@ inline bool plan_writer::is_dense(const plan_head& head) const {
     return true;
   }
   if (head.range_ptr.empty() || !head.row_keys.empty()) return false;
-  for (index_t tile = 0; tile < scope_.tiles(); ++tile) {
+  for (index_t tile = 0; tile < tiles_; ++tile) {
     const key_range visible = scope_.visible(tile);
     const auto t = static_cast<std::size_t>(tile);
     const index_t count = head.range_ptr[t + 1] - head.range_ptr[t];
