@@ -4,7 +4,7 @@
 #include "safetensors.hpp"
 
 #include <sattn/core/error.hpp>
-#include <sattn/kv/contiguous.hpp>
+#include <sattn/kv/stored_view.hpp>
 #include <sattn/plan/domain.hpp>
 
 #include <algorithm>

@@ -11,6 +11,7 @@
 #include <sattn/estimate/last_queries.hpp>
 #include <sattn/estimate/pooled_blocks.hpp>
 #include <sattn/estimate/row_scores.hpp>
+#include <sattn/kv/layouts.hpp>
 #include <sattn/pattern/basic.hpp>
 #include <sattn/pattern/block_mask.hpp>
 #include <sattn/pattern/compose.hpp>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <sattn/core/tensor_view.hpp>
-#include <sattn/kv/contiguous.hpp>
+#include <sattn/kv/stored_view.hpp>
 #include <sattn/plan/attention_plan.hpp>
 
 #include <cmath>

@@ -5,10 +5,11 @@
 #include <sattn/core/aligned_buffer.hpp>
 #include <sattn/core/math.hpp>
 #include <sattn/kernel/kernel_table.hpp>
-#include <sattn/kv/contiguous.hpp>
+#include <sattn/kv/stored_view.hpp>
 
 #include <algorithm>
 #include <cstddef>
+#include <numeric>
 
 namespace sattn::detail {
 
@@ -43,9 +44,12 @@ class kv_packing {
     // A copy of a row of K and V costs as much as a few pairs; each must meet many more.
     constexpr index_t pairs_worth_it = 256;
     if (keys_ == 0 || pairs_of_a_kv_head(*s.plan) < pairs_worth_it * keys_) return;
-    // Rows of a power of two bytes that do not lie side by side meet in few sets of the caches.
+    // Rows of a power of two bytes that do not lie side by side meet in few sets of the caches. The
+    // row kernel multiplies scores and weights by the scales of rows, not elements: other bits.
     const auto scattered = [&](const stored_view& view) {
-      return view.type != dtype::f32 || (lane_blocks > 0 && view.token_stride != view.dim);
+      if (lane_blocks == 0 && has_row_scale(view.type)) return false;
+      return view.type != dtype::f32 ||
+             (lane_blocks > 0 && view.token_stride != row_bytes(view.type, view.dim));
     };
     constexpr index_t blocks_worth_it = 4;
     k_rows_ = scattered(s.kv.k);
@@ -77,22 +81,24 @@ class kv_packing {
                   std::byte* memory) const {
     auto* const packed = reinterpret_cast<float*>(memory);
     const void* from[value_block_keys];
+    float scales[value_block_keys];
+    token_t keys[value_block_keys];
     const index_t first = block * value_block_keys;
     const index_t count = std::min(value_block_keys, keys_ - first);
-    const auto rows_of = [&](const stored_view& view) {
-      for (index_t i = 0; i < count; ++i) from[i] = view.row(first + i, kv_head);
+    std::iota(keys, keys + count, static_cast<token_t>(first));
+    const auto block_rows = [&](const stored_view& view, float* out) {
+      const row_source source = view.rows(kv_head);
+      source.locate(keys, count, from);
+      if (has_row_scale(view.type)) source.read_scales(keys, count, scales);
+      return load_rows_args{from, scales, view.type, count, view.dim, out};
     };
-    if (k_rows_) {
-      rows_of(kv.k);
-      kernels.load_rows({from, kv.k.type, count, k_dim_, packed + first * k_dim_});
-    }
+    if (k_rows_) kernels.load_rows(block_rows(kv.k, packed + first * k_dim_));
     float* const values = packed + k_bytes() / sizeof(float);
-    if (v_panels_ || v_rows_) rows_of(kv.v);
     if (v_panels_) {
-      kernels.load_values({from, kv.v.type, count, v_dim_,
-                           values + block * value_block_floats(v_dim_, panel_cols_)});
+      kernels.load_values(
+          block_rows(kv.v, values + block * value_block_floats(v_dim_, panel_cols_)));
     } else if (v_rows_) {
-      kernels.load_rows({from, kv.v.type, count, v_dim_, values + first * v_dim_});
+      kernels.load_rows(block_rows(kv.v, values + first * v_dim_));
     }
   }
 

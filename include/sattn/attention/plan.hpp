@@ -2,7 +2,7 @@
 #pragma once
 
 #include <sattn/exec/context.hpp>
-#include <sattn/kv/contiguous.hpp>
+#include <sattn/kv/stored_view.hpp>
 #include <sattn/pattern/basic.hpp>
 #include <sattn/plan/plan_check.hpp>
 #include <sattn/plan/plan_writer.hpp>

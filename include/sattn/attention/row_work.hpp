@@ -103,6 +103,8 @@ struct row_queries {
         .v_type = v_type,
         .k_rows = pointers.k.data() + begin,
         .v_rows = pointers.v.data() + begin,
+        .k_scales = has_row_scale(k_type) ? pointers.k_scales.data() + begin : nullptr,
+        .v_scales = has_row_scale(v_type) ? pointers.v_scales.data() + begin : nullptr,
         .next_k = next.k.data(),
         .next_v = next.v.data(),
         .count = end - begin,

@@ -39,6 +39,9 @@ class scratch_arena {
 struct row_pointers {
   std::array<const void*, chunk_keys + prefetch_rows> k;
   std::array<const void*, chunk_keys + prefetch_rows> v;
+  // Where a type has a scale for each row; behind the last one any finite number.
+  std::array<float, chunk_keys + prefetch_rows> k_scales;
+  std::array<float, chunk_keys + prefetch_rows> v_scales;
   index_t count = 0;
 
   /// key_count > 0.
@@ -52,6 +55,8 @@ struct row_pointers {
     }
     pad(k);
     pad(v);
+    read_scales(rows.k, keys, k_scales);
+    read_scales(rows.v, keys, v_scales);
   }
 
   /// As many rows as `other` has, one to be prefetched with each of them: those of `keys`, then
@@ -68,8 +73,12 @@ struct row_pointers {
   }
 
  protected:
-  using list = std::array<const void*, chunk_keys + prefetch_rows>;
-  void pad(list& rows) const {
+  void read_scales(const row_source& source, const token_t* keys, auto& scales) const {
+    if (!has_row_scale(source.type)) return;
+    source.read_scales(keys, count, scales.data());
+    std::fill(scales.begin() + count, scales.end(), 0.0f);
+  }
+  void pad(auto& rows) const {
     std::fill(rows.begin() + count, rows.end(), rows[static_cast<std::size_t>(count - 1)]);
   }
 };
@@ -94,11 +103,13 @@ struct float_rows : row_pointers {
     row_pointers::locate(keys, key_count, rows);
     float* room = widened;
     if (rows.k.type != dtype::f32) {
-      widen(rows.k.type, kv.k.dim, count, kernels, room, k.data());
+      widen(rows.k.type, kv.k.dim, kernels, room, k.data(), k_scales.data());
       pad(k);
       room += chunk_keys * kv.k.dim;
     }
-    if (rows.v.type != dtype::f32) widen(rows.v.type, kv.v.dim, count, kernels, room, v.data());
+    if (rows.v.type != dtype::f32) {
+      widen(rows.v.type, kv.v.dim, kernels, room, v.data(), v_scales.data());
+    }
   }
 
  private:
@@ -106,9 +117,9 @@ struct float_rows : row_pointers {
     return chunk_keys * ((kv.k.type == dtype::f32 ? 0 : kv.k.dim) +
                          (kv.v.type == dtype::f32 ? 0 : kv.v.dim));
   }
-  static void widen(dtype type, index_t dim, index_t count, const kernel_table& kernels, float* to,
-                    const void** rows) {
-    kernels.load_rows({rows, type, count, dim, to});
+  void widen(dtype type, index_t dim, const kernel_table& kernels, float* to, const void** rows,
+             const float* scales) const {
+    kernels.load_rows({rows, scales, type, count, dim, to});
     for (index_t i = 0; i < count; ++i) rows[i] = to + i * dim;
   }
 };

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/core/types.hpp>
+
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -17,8 +19,16 @@ struct bf16 {
   std::uint16_t bits = 0;
 };
 
+/// ggml's block of 32 elements, values[i] * scale each.
+struct q8_0 {
+  f16 scale;
+  std::int8_t values[32] = {};
+};
+static_assert(sizeof(q8_0) == 34 && alignof(q8_0) == 2);
+
 /// How the elements of K or V are stored. Arithmetic is f32, whatever the storage.
-enum class dtype : std::uint8_t { f32, f16, bf16 };
+/// i8 rows have one f32 scale each, which lies elsewhere.
+enum class dtype : std::uint8_t { f32, f16, bf16, i8, q8_0 };
 
 template <class T>
 inline constexpr dtype dtype_of = dtype::f32;
@@ -26,12 +36,40 @@ template <>
 inline constexpr dtype dtype_of<f16> = dtype::f16;
 template <>
 inline constexpr dtype dtype_of<bf16> = dtype::bf16;
+template <>
+inline constexpr dtype dtype_of<std::int8_t> = dtype::i8;
+template <>
+inline constexpr dtype dtype_of<q8_0> = dtype::q8_0;
 
-constexpr std::size_t size_of(dtype type) { return type == dtype::f32 ? 4 : 2; }
+/// Elements that are stored together: a row has a multiple of them.
+constexpr index_t block_of(dtype type) { return type == dtype::q8_0 ? 32 : 1; }
+/// Bytes of a row of `dim` elements, or of the part before element `dim`.
+constexpr index_t row_bytes(dtype type, index_t dim) {
+  switch (type) {
+    case dtype::f32: return dim * 4;
+    case dtype::f16:
+    case dtype::bf16: return dim * 2;
+    case dtype::i8: return dim;
+    case dtype::q8_0: return dim / 32 * 34;
+  }
+  return 0;
+}
+constexpr std::size_t alignment_of(dtype type) {
+  return type == dtype::f32 ? 4 : type == dtype::i8 ? 1 : 2;
+}
+constexpr bool has_row_scale(dtype type) { return type == dtype::i8; }
 constexpr const char* name_of(dtype type) {
-  return type == dtype::f32 ? "f32" : type == dtype::f16 ? "f16" : "bf16";
+  switch (type) {
+    case dtype::f32: return "f32";
+    case dtype::f16: return "f16";
+    case dtype::bf16: return "bf16";
+    case dtype::i8: return "i8";
+    case dtype::q8_0: return "q8_0";
+  }
+  return "?";
 }
 
+constexpr float to_float(std::int8_t x) { return x; }
 constexpr float to_float(float x) { return x; }
 constexpr float to_float(bf16 x) { return std::bit_cast<float>(std::uint32_t{x.bits} << 16); }
 

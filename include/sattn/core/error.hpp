@@ -23,6 +23,11 @@ struct unsupported : error {
   using error::error;
 };
 
+/// No room for what is asked; nothing has changed.
+struct capacity_error : error {
+  using error::error;
+};
+
 namespace detail {
 
 template <class T>

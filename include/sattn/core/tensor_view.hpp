@@ -33,6 +33,11 @@ struct tensor_view {
     return {data + begin * token_stride, end - begin, heads, dim, token_stride, head_stride};
   }
 
+  /// The heads [begin, end) of the same tensor.
+  constexpr tensor_view head_slice(index_t begin, index_t end) const {
+    return {data + begin * head_stride, tokens, end - begin, dim, token_stride, head_stride};
+  }
+
   constexpr operator tensor_view<const T>() const
     requires(!std::is_const_v<T>)
   {

@@ -41,6 +41,20 @@ SATTN_NOINLINE void adjust_row(const rows_args& args, index_t query, index_t beg
   for (index_t i = count; i < padded; ++i) s[i] = minus_inf;
 }
 
+/// rows[n][i] *= factors[i], of which a whole vector behind the last is read.
+template <class Arch, int Queries>
+SATTN_NOINLINE void scale_rows(float* SATTN_RESTRICT rows, const float* SATTN_RESTRICT factors,
+                               index_t count) noexcept {
+  using V = simd::vec<Arch>;
+  for (index_t i = 0; i < padded_keys<Arch>(count); i += V::width) {
+    const V factor = V::load(factors + i);
+    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
+      float* const at = rows + n * chunk_keys + i;
+      (V::load_aligned(at) * factor).store_aligned(at);
+    });
+  }
+}
+
 /// Scores of a piece to probabilities, against the running maxima; rescale[n] becomes the factor of
 /// what query n has accumulated before.
 template <class Arch, int Queries>
@@ -94,12 +108,13 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, 
   alignas(64) float scores[Queries * chunk_keys];
   alignas(64) float rescale[simd::vec<Arch>::width];
   // One query alone is bound by the cache that delivers its own rows.
-  const bool ahead = Queries > 1 || !args.cached;
+  constexpr look_ahead in_cache = Queries == 1 ? look_ahead::none : look_ahead::beside;
   with_type(args.k_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
-    const auto run =
-        ahead ? &qk_rows<Arch, Queries, T, true> : &qk_rows<Arch, Queries, T, Queries != 1>;
+    const auto run = args.cached ? &qk_rows<Arch, Queries, T, in_cache>
+                                 : &qk_rows<Arch, Queries, T, look_ahead::beside>;
     run(args.k_rows + begin, next_k, count, q, q_stride, args.head_dim, scores);
   });
+  if (args.k_scales != nullptr) scale_rows<Arch, Queries>(scores, args.k_scales + begin, count);
   if (count % simd::vec<Arch>::width != 0 || args.masks != nullptr || args.soft_cap != 0.0f) {
     for (int n = 0; n < Queries; ++n) {
       adjust_row<Arch>(args, first + n, begin, count, scores + n * chunk_keys);
@@ -107,9 +122,10 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, 
   }
   softmax_rows<Arch, Queries>(scores, count, states + row_out_floats(args.v_dim), state_stride,
                               rescale);
+  if (args.v_scales != nullptr) scale_rows<Arch, Queries>(scores, args.v_scales + begin, count);
   with_type(args.v_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
-    const auto run =
-        ahead ? &pv_rows<Arch, Queries, T, true> : &pv_rows<Arch, Queries, T, Queries != 1>;
+    const auto run = args.cached ? &pv_rows<Arch, Queries, T, in_cache>
+                                 : &pv_rows<Arch, Queries, T, look_ahead::in_order>;
     run(args.v_rows + begin, next_v, count, args.v_dim, scores, rescale, states, state_stride);
   });
 }

@@ -8,10 +8,14 @@
 
 // The two products of the row kernel in register tiles: several rows of K in lock step, and of V a
 // few columns at a time with the output in registers. Each element is read and widened once for up
-// to four query rows. Meanwhile the rows of the next piece are prefetched, of K the same places of as
-// many rows, of V line by line in their order, because no hardware follows rows in lock step.
+// to four query rows. Meanwhile the rows of the next piece are prefetched, because no hardware
+// follows rows in lock step.
 
 namespace sattn::kernel {
+
+/// What of the rows that come next is prefetched: of K the same places of as many rows; of V the
+/// same, or line by line in their order, which memory answers faster and costs more instructions.
+enum class look_ahead { none, beside, in_order };
 
 /// Rows of K, and registers of a row of V, that a tile holds against Queries query rows: enough
 /// accumulators to cover the latency of two FMA units (8; 6 for three queries of f32), at most 12
@@ -51,7 +55,7 @@ SATTN_ALWAYS_INLINE void outer_product(Left&& left, Right&& right, V (&acc)[Quer
 
 /// scores[n][r] = q[n] . k[r] for Keys rows: one chain for each product, so that the bits of a query
 /// depend neither on the rows beside it nor on the tile.
-template <class Arch, int Queries, int Keys, class T, bool Ahead>
+template <class Arch, int Queries, int Keys, class T, look_ahead Ahead>
 SATTN_ALWAYS_INLINE void qk_row_tile(const void* const* k_rows, const void* const* next_k,
                                      const float* q, index_t q_stride, index_t head_dim,
                                      float* SATTN_RESTRICT scores) {
@@ -62,7 +66,7 @@ SATTN_ALWAYS_INLINE void qk_row_tile(const void* const* k_rows, const void* cons
   row_type next[Keys];
   simd::unroll<Keys>([&](auto r) SATTN_INLINE_LAMBDA {
     k[r] = row_type(k_rows[r]);
-    if constexpr (Ahead) next[r] = row_type(next_k[r]);
+    if constexpr (Ahead != look_ahead::none) next[r] = row_type(next_k[r]);
   });
   V acc[Keys * Queries];
   simd::unroll<Keys * Queries>([&](auto i) SATTN_INLINE_LAMBDA { acc[i] = V::zero(); });
@@ -77,7 +81,7 @@ SATTN_ALWAYS_INLINE void qk_row_tile(const void* const* k_rows, const void* cons
   index_t i = 0;
   SATTN_NO_UNROLL
   for (; i + row_type::line <= head_dim; i += row_type::line) {
-    if constexpr (Ahead) {
+    if constexpr (Ahead != look_ahead::none) {
       simd::unroll<Keys>([&](auto r) SATTN_INLINE_LAMBDA { next[r].prefetch(i); });
     }
     simd::unroll<row_type::line / width>(
@@ -98,7 +102,7 @@ SATTN_ALWAYS_INLINE void qk_row_tile(const void* const* k_rows, const void* cons
 }
 
 /// scores[n][key] = q[n] . k[key] for the keys of a piece.
-template <class Arch, int Queries, class T, bool Ahead>
+template <class Arch, int Queries, class T, look_ahead Ahead>
 SATTN_NOINLINE void qk_rows(const void* const* k_rows, const void* const* next_k, index_t count,
                             const float* q, index_t q_stride, index_t head_dim,
                             float* SATTN_RESTRICT scores) noexcept {
@@ -118,8 +122,8 @@ SATTN_NOINLINE void qk_rows(const void* const* k_rows, const void* const* next_k
   }
 }
 
-/// Walks the lines of the rows that come next, in their order, in `passes` times as many steps as
-/// there are rows.
+/// The rows that come next; walks their lines in order, in `passes` times as many steps as there are
+/// rows.
 template <class Arch, class T>
 class next_lines {
  public:
@@ -138,6 +142,8 @@ class next_lines {
     }
   }
 
+  SATTN_ALWAYS_INLINE void prefetch(index_t key, index_t i) const { row(rows_[key]).prefetch(i); }
+
  private:
   using row = stored_row<Arch, T>;
   const void* const* rows_;
@@ -150,7 +156,7 @@ class next_lines {
 
 /// out[n] = out[n] * rescale[n] + sum over keys of p[n][key] v[key] for the columns of Cols
 /// registers that begin at `col`.
-template <class Arch, int Queries, int Cols, bool Partial, class T, bool Ahead>
+template <class Arch, int Queries, int Cols, bool Partial, class T, look_ahead Ahead>
 SATTN_ALWAYS_INLINE void pv_row_cols(const void* const* v_rows, next_lines<Arch, T>& next,
                                      index_t count, index_t v_dim, index_t col, const float* p,
                                      const float* rescale, float* SATTN_RESTRICT out,
@@ -167,7 +173,8 @@ SATTN_ALWAYS_INLINE void pv_row_cols(const void* const* v_rows, next_lines<Arch,
   SATTN_NO_UNROLL
   for (index_t key = 0; key < count; ++key) {
     const stored_row<Arch, T> v(v_rows[key]);
-    if constexpr (Ahead) next.step();
+    if constexpr (Ahead == look_ahead::in_order) next.step();
+    if constexpr (Ahead == look_ahead::beside) next.prefetch(key, col);
     outer_product<Queries, Cols, true>(
         [&](auto n) SATTN_INLINE_LAMBDA { return V::broadcast(p[n * chunk_keys + key]); },
         [&](auto c) SATTN_INLINE_LAMBDA {
@@ -183,7 +190,7 @@ SATTN_ALWAYS_INLINE void pv_row_cols(const void* const* v_rows, next_lines<Arch,
 }
 
 /// The same for all columns.
-template <class Arch, int Queries, class T, bool Ahead>
+template <class Arch, int Queries, class T, look_ahead Ahead>
 SATTN_NOINLINE void pv_rows(const void* const* v_rows, const void* const* next_v, index_t count,
                             index_t v_dim, const float* p, const float* rescale,
                             float* SATTN_RESTRICT out, index_t out_stride) noexcept {
