@@ -9,9 +9,11 @@
 #include <sattn/attention/plan.hpp>
 #include <sattn/budget/select.hpp>
 #include <sattn/estimate/last_queries.hpp>
+#include <sattn/estimate/page_scores.hpp>
 #include <sattn/estimate/pooled_blocks.hpp>
 #include <sattn/estimate/row_scores.hpp>
 #include <sattn/kv/layouts.hpp>
+#include <sattn/kv/paged_cache.hpp>
 #include <sattn/pattern/basic.hpp>
 #include <sattn/pattern/block_mask.hpp>
 #include <sattn/pattern/compose.hpp>

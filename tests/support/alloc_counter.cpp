@@ -13,14 +13,19 @@
 namespace {
 
 std::atomic<std::size_t> allocations{0};
+thread_local std::size_t until_failure = 0;  // allocations; 0 = none fails
+
+bool fails() { return until_failure > 0 && --until_failure == 0; }
 
 void* allocate(std::size_t bytes) noexcept {
   allocations.fetch_add(1, std::memory_order_relaxed);
+  if (fails()) return nullptr;
   return std::malloc(bytes == 0 ? 1 : bytes);
 }
 
 void* allocate(std::size_t bytes, std::align_val_t alignment) noexcept {
   allocations.fetch_add(1, std::memory_order_relaxed);
+  if (fails()) return nullptr;
   const std::size_t least = sizeof(void*);  // what posix_memalign asks for
   void* p = nullptr;
   return ::posix_memalign(&p, std::max(static_cast<std::size_t>(alignment), least), bytes) == 0
@@ -37,6 +42,8 @@ void* or_throw(void* p) {
 
 namespace test_support {
 std::size_t allocation_count::current() { return allocations.load(std::memory_order_relaxed); }
+failing_allocation::failing_allocation(std::size_t successes) { until_failure = successes + 1; }
+failing_allocation::~failing_allocation() { until_failure = 0; }
 }  // namespace test_support
 
 using std::align_val_t;

@@ -12,4 +12,13 @@ struct allocation_count {
   static std::size_t current();
 };
 
+/// While it lives, one allocation of this thread fails: the one after `successes` others.
+class failing_allocation {
+ public:
+  explicit failing_allocation(std::size_t successes);
+  ~failing_allocation();
+  failing_allocation(const failing_allocation&) = delete;
+  failing_allocation& operator=(const failing_allocation&) = delete;
+};
+
 }  // namespace test_support

@@ -76,9 +76,10 @@ inline tensor_view<const float> check_estimate(const char* name, const attention
   require(std::isfinite(rules.scale.value_or(1.0f)), name, ": scale is not finite");
   require(std::isfinite(rules.soft_cap) && rules.soft_cap >= 0.0f, name, ": soft_cap ",
           rules.soft_cap, ", expected a finite number >= 0");
-  require<unsupported>(k.type == dtype::f32 && k.strided(), name, ": k is ", name_of(k.type),
-                       k.strided() ? "" : " in pages or a ring",
-                       ", estimators read strided f32 so far");
+  require<unsupported>(k.type == dtype::f32, name, ": k is ", name_of(k.type),
+                       ", estimators read f32 so far");
+  require<unsupported>(k.strided(), name, ": k is in pages or a ring, estimators read tokens at one ",
+                       "stride so far");
   constexpr index_t bytes = sizeof(float);
   return {static_cast<const float*>(k.data), k.tokens, k.heads, k.dim, k.token_stride / bytes,
           k.head_stride / bytes};

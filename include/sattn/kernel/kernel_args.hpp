@@ -114,6 +114,19 @@ struct rows_args {
   float* states;  // [queries][row_state_floats(v_dim)]
 };
 
+inline constexpr index_t tile_pages = 64;  // pages whose summaries lie together
+
+/// Summaries of tile_pages pages: [head_dim][min, max][tile_pages] of f32, f16 or i8, of i8 followed
+/// by [tile_pages] f32 scales.
+struct page_scores_args {
+  const void* tile;
+  const void* next_tile;  // of a later call, only prefetched
+  dtype type;
+  index_t head_dim;
+  const float* q;  // [head_dim] positive parts, then [head_dim] negative parts
+  float* scores;   // [tile_pages]
+};
+
 struct merge_args {
   const float* states;   // first of `count` states of one query row
   index_t state_stride;  // floats between them

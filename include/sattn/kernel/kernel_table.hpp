@@ -27,7 +27,9 @@ struct kernel_table {
   void (*attend_rows)(const rows_args&) noexcept;
   void (*merge_rows)(const merge_args&) noexcept;
 
-  // Estimators: scores [count] in place to probabilities; all 0 when every score is -inf.
+  // Estimators.
+  void (*score_pages)(const page_scores_args&) noexcept;
+  // Scores [count] in place to probabilities; all 0 when every score is -inf.
   void (*softmax)(float* scores, index_t count) noexcept;
 };
 

@@ -4,6 +4,7 @@
 #include <sattn/kernel/decode_rows.hpp>
 #include <sattn/kernel/kernel_table.hpp>
 #include <sattn/kernel/load_rows.hpp>
+#include <sattn/kernel/page_scores.hpp>
 #include <sattn/kernel/prefill_tile.hpp>
 #include <sattn/kernel/softmax.hpp>
 #include <sattn/simd/cpu.hpp>
@@ -25,6 +26,7 @@ const kernel_table& kernels() {
       &kernel::finish_tile<Arch>,
       &kernel::attend_rows<Arch>,
       &kernel::merge_rows<Arch>,
+      &kernel::score_pages<Arch>,
       &kernel::softmax<Arch>,
   };
   return table;
