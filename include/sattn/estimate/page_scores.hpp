@@ -24,8 +24,8 @@ enum class row_reduce { none, sum };
 /// A sum or mean of heads and rows takes one product for all of them, a maximum one for each head.
 /// Throws: shape_error if shapes do not fit.
 /// Cost: bandwidth of the summaries; parallel over sets, rows and tiles of pages.
-/// Accuracy: f32. For one query the bound holds to the last bit where q . k is summed in the order
-/// of d; for sums it holds up to their roundings.
+/// Accuracy: f32. For one query the bound holds to the last bit where q . k is summed with fused
+/// products in the order of d; for sums it holds up to their roundings.
 /// Source: Quest (arXiv:2406.10774); the sum over heads is that of The Sparse Frontier
 /// (arXiv:2504.17768).
 inline void page_scores_into(context& ctx, score_tensor& scores,

@@ -8,34 +8,43 @@
 
 namespace sattn::kernel {
 
-/// Calls f(row, scaled) for each row, where scaled(x) gives elements their meaning.
-template <class Arch, class F>
-SATTN_ALWAYS_INLINE void for_each_stored_row(const load_rows_args& args, F&& f) {
+/// Row r of what is to be loaded, times its scale where it has one.
+template <class Arch, class T>
+class scaled_row {
+ public:
   using V = simd::vec<Arch>;
-  with_type(args.type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
-    for (index_t r = 0; r < args.count; ++r) {
-      const stored_row<Arch, T> row(args.rows[r]);
-      if constexpr (has_row_scale(dtype_of<T>)) {
-        const V factor = V::broadcast(args.scales[r]);
-        f(r, row, [&](V x) SATTN_INLINE_LAMBDA { return x * factor; });
-      } else {
-        f(r, row, [](V x) SATTN_INLINE_LAMBDA { return x; });
-      }
-    }
-  });
-}
+  static constexpr bool loads_anywhere = stored_row<Arch, T>::loads_anywhere;
+
+  SATTN_ALWAYS_INLINE scaled_row(const load_rows_args& args, index_t r) : row_(args.rows[r]) {
+    if constexpr (has_row_scale(dtype_of<T>)) factor_ = V::broadcast(args.scales[r]);
+  }
+  SATTN_ALWAYS_INLINE V load(index_t i) const { return scaled(row_.load(i)); }
+  SATTN_ALWAYS_INLINE V load_partial(index_t i, index_t count) const {
+    return scaled(row_.load_partial(i, count));
+  }
+
+ private:
+  SATTN_ALWAYS_INLINE V scaled(V x) const {
+    if constexpr (has_row_scale(dtype_of<T>)) return x * factor_;
+    return x;
+  }
+
+  stored_row<Arch, T> row_;
+  V factor_;
+};
 
 /// Rows one behind the other: out [count][dim].
 template <class Arch>
 SATTN_NOINLINE void load_rows(const load_rows_args& args) noexcept {
   constexpr index_t width = simd::vec<Arch>::width;
-  for_each_stored_row<Arch>(args, [&](index_t r, auto row, auto scaled) SATTN_INLINE_LAMBDA {
-    float* const out = args.out + r * args.dim;
-    index_t i = 0;
-    SATTN_NO_UNROLL
-    for (; i + width <= args.dim; i += width) scaled(row.load(i)).store(out + i);
-    if (i < args.dim) {
-      scaled(row.load_partial(i, args.dim - i)).store_partial(out + i, args.dim - i);
+  with_type(args.type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
+    for (index_t r = 0; r < args.count; ++r) {
+      const scaled_row<Arch, T> row(args, r);
+      float* const out = args.out + r * args.dim;
+      index_t i = 0;
+      SATTN_NO_UNROLL
+      for (; i + width <= args.dim; i += width) row.load(i).store(out + i);
+      if (i < args.dim) row.load_partial(i, args.dim - i).store_partial(out + i, args.dim - i);
     }
   });
 }
@@ -46,16 +55,22 @@ template <class Arch>
 SATTN_NOINLINE void load_values(const load_rows_args& args) noexcept {
   constexpr int cols = tile_rows<Arch>;
   constexpr index_t width = simd::vec<Arch>::width;
-  for_each_stored_row<Arch>(args, [&](index_t r, auto row, auto scaled) SATTN_INLINE_LAMBDA {
+  with_type(args.type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
+    using row_type = scaled_row<Arch, T>;
     index_t panel = 0;
     for_each_tile<cols>(args.dim, [&](auto panel_width, index_t first) SATTN_INLINE_LAMBDA {
-      float* const out = args.out + panel++ * value_panel_floats(cols) + r * cols;
+      float* const out = args.out + panel++ * value_panel_floats(cols);
       // A store of full width runs into the place of the next key, which is written later, or into
       // the slack; a load of full width needs columns of the same row.
-      if (row.loads_anywhere && first + width <= args.dim && width <= value_panel_slack) {
-        scaled(row.load(first)).store(out);
-      } else {
-        scaled(row.load_partial(first, panel_width)).store_partial(out, panel_width);
+      const bool whole =
+          row_type::loads_anywhere && first + width <= args.dim && width <= value_panel_slack;
+      for (index_t r = 0; r < args.count; ++r) {
+        const row_type row(args, r);
+        if (whole) {
+          row.load(first).store(out + r * cols);
+        } else {
+          row.load_partial(first, panel_width).store_partial(out + r * cols, panel_width);
+        }
       }
     });
   });
