@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <sattn/sattn.hpp>
-#include <sstream>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -21,6 +20,7 @@ using bench::attention_shape;
 using bench::index_t;
 using bench::problem;
 using bench::rival;
+using bench::text;
 using bench::token_t;
 using bench::workload;
 using sattn::dtype;
@@ -33,13 +33,6 @@ struct extents {
   dtype type = dtype::f32;
   bool smoke = false;
 };
-
-template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
-}
 
 problem prefill(const extents& e) {
   const index_t v_dim = e.v_dim == 0 ? e.dim : e.v_dim;

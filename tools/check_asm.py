@@ -56,6 +56,9 @@ EXPECTED = [
     "pv_rows<avx2, 4",
     "pv_rows<avx2, 2",
     "pv_rows<avx2, 1",
+    "qk_stream<avx2",
+    "pv_stream<avx2",
+    "score_tile_of_pages<avx2",
     "adjust_scores<avx2, true",
 ]
 

@@ -29,20 +29,12 @@ struct problem {
   bool smoke = false;
   index_t v_dim;
   sattn::dtype kv_type = sattn::dtype::f32;
-
-  bool decode() const { return shape.q_len == 1; }
-  /// Calls of decoding go round so many caches that none is still in the processor's.
-  index_t caches() const {
-    const index_t cache_bytes = 2 * shape.kv_len * shape.kv_heads * dim * index_t{sizeof(float)};
-    return smoke || !decode() ? 1 : uncached_bytes() / cache_bytes + 2;
-  }
 };
 
 struct workload {
   std::string name;
   std::function<sattn::any_pattern(const attention_shape&, unsigned seed)> pattern;
-  sattn::plan_options options = {};  // of prefill
-  index_t cache_step = 0;            // tokens from one call's cache to the next one's; 0 = kv_len
+  sattn::plan_options options = {};
 };
 
 enum class rival {
@@ -58,33 +50,23 @@ struct session {
   tensors t;
   sattn::serial_executor executor;
   sattn::context ctx{executor};
-  index_t cache_begin = 0;
 
-  explicit session(const problem& p) : t(p.shape, p.dim, p.v_dim, p.caches(), p.kv_type) {}
+  explicit session(const problem& p) : t(p.shape, p.dim, p.v_dim, p.kv_type) {}
 
   void plan(sattn::attention_plan& plan, const sattn::any_pattern& pattern,
             const sattn::plan_options& options) {
-    if (t.shape.q_len == 1) {
-      plan_decode_into(ctx, plan, t.shape, pattern);
-    } else {
-      plan_prefill_into(ctx, plan, t.shape, pattern, options);
-    }
-  }
-  /// Each call moves on to another cache.
-  void next_cache(index_t step) {
-    cache_begin += step == 0 ? t.shape.kv_len : step;
-    if (cache_begin + t.shape.kv_len > t.kv_tokens) cache_begin = 0;
+    plan_prefill_into(ctx, plan, t.shape, pattern, options);
   }
   void attend(sattn::context& with, const sattn::attention_plan& plan) {
     attend(with, plan, t.kv_type);
   }
   void attend(sattn::context& with, const sattn::attention_plan& plan, sattn::dtype type) {
-    sattn::attend(with, plan, t.q_view(), t.kv(cache_begin, type), t.out_view());
+    sattn::attend(with, plan, t.q_view(), t.kv(type), t.out_view());
   }
   double workspace_mib(const sattn::attention_plan& plan, std::size_t pack_bytes) {
     sattn::attention_options options;
     options.pack_bytes = pack_bytes;
-    return static_cast<double>(workspace_bytes(ctx, plan, t.q_view(), t.kv(0, t.kv_type),
+    return static_cast<double>(workspace_bytes(ctx, plan, t.q_view(), t.kv(t.kv_type),
                                                t.out_view(), options)) /
            (1 << 20);
   }
@@ -110,13 +92,6 @@ inline void report(benchmark::State& state, const problem& p, const timings& t,
   counters["peak_fraction_best"] = rated / best / peak;
   counters["density"] = stats.density_executed();
   counters["density_selected"] = stats.density_selected();
-  if (!p.decode()) return;
-  // Each selected key of a kv head is one row of K and one of V, for all heads of the group.
-  const double bytes = 8.0 * static_cast<double>(p.dim) * static_cast<double>(stats.selected) /
-                       static_cast<double>(p.shape.group_size());
-  counters["bandwidth_gbps"] = t.read_rate * 1e-9;
-  counters["bandwidth_fraction"] = bytes / seconds / t.read_rate;
-  counters["bandwidth_fraction_best"] = bytes / best / t.read_rate;
 }
 
 inline void run_case(benchmark::State& state, const problem& p, const workload& w, rival against) {
@@ -125,8 +100,7 @@ inline void run_case(benchmark::State& state, const problem& p, const workload& 
   sattn::context pool(threads);
   sattn::attention_plan dense;
   sattn::attention_plan plan;
-  unsigned round = 0;
-  sattn::any_pattern pattern = w.pattern(p.shape, round);
+  const sattn::any_pattern pattern = w.pattern(p.shape, 0);
   s.plan(plan, pattern, w.options);
   if (against == rival::dense || against == rival::ours) {
     s.plan(dense, sattn::dense{}, {});
@@ -137,23 +111,16 @@ inline void run_case(benchmark::State& state, const problem& p, const workload& 
   }
   row_matrix scores;
   index_t block_rows = 64;
-  const auto eigen = [&] { eigen_attention(s.t, s.cache_begin, block_rows, scores); };
+  const auto eigen = [&] { eigen_attention(s.t, block_rows, scores); };
 
   const auto reference = [&] {
     if (against != rival::none) {
       s.attend(s.ctx, dense, against == rival::f32 ? sattn::dtype::f32 : p.kv_type);
     }
   };
-  timed_case c{.reference = reference,
-               .from_memory = p.decode(),
-               .smoke = p.smoke};
+  timed_case c{.reference = reference, .smoke = p.smoke};
   if (against == rival::dense) c.plan = [&] { s.plan(plan, pattern, w.options); };
-  c.prepare = [&] {
-    if (p.decode()) pattern = w.pattern(p.shape, ++round);  // a learnt pattern would flatter
-    s.next_cache(w.cache_step);
-  };
   c.run = [&] {
-    s.next_cache(w.cache_step);
     if (against == rival::ours) return eigen();
     s.attend(against == rival::serial ? pool : s.ctx, plan);
   };
@@ -176,10 +143,8 @@ inline void run_case(benchmark::State& state, const problem& p, const workload& 
   const double ratio = median(t.ratio);
   report(state, p, t, plan.stats(), threads);
   state.counters["plan_mib"] = static_cast<double>(plan.bytes()) / (1 << 20);
-  if (!p.decode()) {
-    state.counters["workspace_mib"] = s.workspace_mib(plan, sattn::attention_options{}.pack_bytes);
-    state.counters["workspace_unpacked_mib"] = s.workspace_mib(plan, 0);
-  }
+  state.counters["workspace_mib"] = s.workspace_mib(plan, sattn::attention_options{}.pack_bytes);
+  state.counters["workspace_unpacked_mib"] = s.workspace_mib(plan, 0);
   if (against == rival::ours) state.counters["vs_eigen"] = ratio;
   if (against == rival::rows) state.counters["vs_rows"] = 1 / ratio;
   if (against == rival::f32) state.counters["vs_f32"] = 1 / ratio;
@@ -208,7 +173,7 @@ inline workload window_workload(token_t window = 1024) {
   const auto pattern = [=](const attention_shape&, unsigned) {
     return sattn::sink{4} | sattn::sliding_window{window};
   };
-  return {"window" + std::to_string(window), pattern, {}, window};
+  return {"window" + std::to_string(window), pattern};
 }
 
 }  // namespace bench

@@ -35,28 +35,25 @@ inline void eigen_rows(const strided<const row_matrix>& q, const strided<const r
   out.array().colwise() /= sums;
 }
 
-/// Causal attention by blocks of query rows; keys that no row of a block sees are skipped. Of a
-/// single query, the heads of a group are the rows, so that K and V are read once. f32, values as wide as keys.
-inline void eigen_attention(tensors& t, index_t cache_begin, index_t block_rows,
-                            row_matrix& scores) {
+/// Causal attention by blocks of query rows; keys that no row of a block sees are skipped. f32, values
+/// as wide as keys.
+inline void eigen_attention(tensors& t, index_t block_rows, row_matrix& scores) {
   const attention_shape& shape = t.shape;
-  const bool decode = shape.q_len == 1;
-  const index_t rows = decode ? shape.group_size() : shape.q_len;
-  const index_t heads_per_matrix = decode ? shape.group_size() : 1;
-  const Eigen::OuterStride<> stride(decode ? t.dim : shape.q_heads * t.dim);
+  const index_t rows = shape.q_len;
+  const Eigen::OuterStride<> stride(shape.q_heads * t.dim);
   const index_t token_stride = shape.kv_heads * t.dim;
   const Eigen::OuterStride<> kv_stride(token_stride);
   scores.resize(std::min(rows, block_rows), shape.kv_len);
-  for (index_t head = 0; head < shape.q_heads; head += heads_per_matrix) {
-    const index_t kv_at = cache_begin * token_stride + head / shape.group_size() * t.dim;
+  for (index_t head = 0; head < shape.q_heads; ++head) {
+    const index_t kv_at = head / shape.group_size() * t.dim;
     for (index_t begin = 0; begin < rows; begin += block_rows) {
       const index_t count = std::min(block_rows, rows - begin);
       const index_t at = head * t.dim + begin * stride.outer();
       eigen_rows({t.q.data() + at, count, t.dim, stride},
                  {t.k.data() + kv_at, shape.kv_len, t.dim, kv_stride},
                  {t.v.data() + kv_at, shape.kv_len, t.dim, kv_stride},
-                 {t.out.data() + at, count, t.dim, stride}, shape.position(decode ? 0 : begin) + 1,
-                 decode ? 0 : 1, scores);
+                 {t.out.data() + at, count, t.dim, stride}, shape.position(begin) + 1, 1,
+                 scores);
     }
   }
 }

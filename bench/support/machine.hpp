@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <fstream>
 #include <sattn/kernel/kernel_table_impl.hpp>
+#include <sattn/parallel/thread_pool.hpp>
 #include <sattn/simd/vec.hpp>
 #include <string>
 #include <vector>
@@ -54,20 +55,33 @@ inline std::ptrdiff_t uncached_bytes() {
   return std::max(std::ptrdiff_t{128} << 20, 4 * std::ptrdiff_t{largest});
 }
 
-/// Bytes per second of a linear read. Leaves nothing of what the caches held before.
-inline double read_rate() {
+/// Bytes per second of a linear read, by so many threads each its part. Leaves nothing of what the
+/// caches held before.
+inline double read_rate(std::ptrdiff_t threads = 1) {
   static const std::vector<float> memory(static_cast<std::size_t>(uncached_bytes() / 4), 1.0f);
   constexpr int sums = 8;
-  const double seconds = seconds_of([] {
+  const auto read = [](const float* first, std::size_t count) {
     vec acc[sums];
     for (vec& a : acc) a = vec::zero();
-    for (std::size_t at = 0; at + sums * vec::width <= memory.size(); at += sums * vec::width) {
+    for (std::size_t at = 0; at + sums * vec::width <= count; at += sums * vec::width) {
       sattn::simd::unroll<sums>([&](auto i) SATTN_INLINE_LAMBDA {
-        acc[i] = acc[i] + vec::load(memory.data() + at + i * vec::width);
+        acc[i] = acc[i] + vec::load(first + at + i * vec::width);
       });
     }
     for (vec& a : acc) benchmark::DoNotOptimize(a.reg);
-  });
+  };
+  double seconds = 0;
+  if (threads == 1) {
+    seconds = seconds_of([&] { read(memory.data(), memory.size()); });
+  } else {
+    static sattn::thread_pool pool(threads);
+    const std::size_t part = memory.size() / static_cast<std::size_t>(threads);
+    seconds = seconds_of([&] {
+      pool.parallel_for(threads, [&](std::ptrdiff_t i, std::ptrdiff_t) {
+        read(memory.data() + static_cast<std::size_t>(i) * part, part);
+      });
+    });
+  }
   return static_cast<double>(memory.size() * sizeof(float)) / seconds;
 }
 

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <random>
 #include <sattn/sattn.hpp>
+#include <sstream>
+#include <string>
 #include <vector>
 
 namespace bench {
@@ -15,6 +17,14 @@ using sattn::attention_shape;
 using sattn::index_t;
 using sattn::token_t;
 using generator = std::minstd_rand;
+
+/// The parts, one behind the other.
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
 
 inline token_t below(generator& random, index_t limit) {
   return static_cast<token_t>(static_cast<index_t>(random()) % limit);
@@ -27,25 +37,22 @@ inline std::vector<float> random_floats(index_t count, unsigned seed) {
   return values;
 }
 
-/// Token-major tensors of one sequence. K and V may hold many caches of kv_len tokens.
+/// Token-major tensors of one sequence.
 struct tensors {
   attention_shape shape;
   index_t dim;
   index_t v_dim;
-  index_t kv_tokens;
   std::vector<float> q, k, v, out;
   sattn::dtype kv_type = sattn::dtype::f32;
   std::vector<std::uint16_t> k_half, v_half;  // the same in kv_type
 
-  tensors(const attention_shape& s, index_t head_dim, index_t value_dim, index_t caches,
-          sattn::dtype type)
+  tensors(const attention_shape& s, index_t head_dim, index_t value_dim, sattn::dtype type)
       : shape(s),
         dim(head_dim),
         v_dim(value_dim),
-        kv_tokens(caches * s.kv_len),
         q(random_floats(s.q_len * s.q_heads * dim, 1)),
-        k(random_floats(kv_tokens * s.kv_heads * dim, 2)),
-        v(random_floats(kv_tokens * s.kv_heads * v_dim, 3)),
+        k(random_floats(s.kv_len * s.kv_heads * dim, 2)),
+        v(random_floats(s.kv_len * s.kv_heads * v_dim, 3)),
         out(static_cast<std::size_t>(s.q_len * s.q_heads * v_dim)),
         kv_type(type) {
     if (type == sattn::dtype::f32) return;
@@ -67,10 +74,10 @@ struct tensors {
   sattn::tensor_view<float> out_view() {
     return sattn::nhd(out.data(), shape.q_len, shape.q_heads, v_dim);
   }
-  /// The cache that starts at token `begin`, stored as `type`.
-  sattn::kv_view kv(index_t begin, sattn::dtype type) const {
+  /// K and V stored as `type`.
+  sattn::kv_view kv(sattn::dtype type) const {
     const auto cache = [&](const auto* x, index_t width) {
-      return sattn::nhd(x, kv_tokens, shape.kv_heads, width).slice(begin, begin + shape.kv_len);
+      return sattn::nhd(x, shape.kv_len, shape.kv_heads, width);
     };
     const auto pair = [&](const auto* keys, const auto* values) {
       return sattn::kv(cache(keys, dim), cache(values, v_dim));

@@ -65,17 +65,14 @@ struct row_queries {
   float* states;
   float soft_cap;
   bool cached;
-  dtype k_type;
-  dtype v_type;
 
-  row_queries(const attention_sequence& s, const row_work& w, const kv_rows& kv,
+  row_queries(const attention_sequence& s, const row_work& w,
               const logit_options& logits, const kernel_table& table, key_range rows,
               index_t first_head, float* to, scratch_arena& scratch)
       : work(&w), kernels(&table),
         q(scratch.take<float>(rows.size() * w.sharing * row_out_floats(w.head_dim))),
         mask_bit(scratch.take<std::uint8_t>(rows.size() * w.sharing)),
-        states(to), soft_cap(logits.soft_cap), cached(!s.plan->has_splits()), k_type(kv.k.type),
-        v_type(kv.v.type) {
+        states(to), soft_cap(logits.soft_cap), cached(!s.plan->has_splits()) {
     const index_t q_stride = row_out_floats(w.head_dim);
     for (index_t row = 0; row < rows.size(); ++row) {
       for (index_t head = 0; head < w.sharing; ++head) {
@@ -93,18 +90,18 @@ struct row_queries {
   }
 
   /// The keys [begin, end) of the pointers for the rows [row, row + rows).
-  void attend(index_t row, index_t rows, const row_pointers& pointers, const row_pointers& next,
+  void attend(index_t row, index_t rows, const readable_rows& pointers, const readable_rows& next,
               index_t begin, index_t end, const std::uint16_t* masks) const {
     const index_t first = row * work->sharing;
     kernels->attend_rows({
         .q = q + first * row_out_floats(work->head_dim),
         .queries = rows * work->sharing,
-        .k_type = k_type,
-        .v_type = v_type,
+        .k_type = pointers.k_type,
+        .v_type = pointers.v_type,
         .k_rows = pointers.k.data() + begin,
         .v_rows = pointers.v.data() + begin,
-        .k_scales = has_row_scale(k_type) ? pointers.k_scales.data() + begin : nullptr,
-        .v_scales = has_row_scale(v_type) ? pointers.v_scales.data() + begin : nullptr,
+        .k_scales = has_row_scale(pointers.k_type) ? pointers.k_scales.data() + begin : nullptr,
+        .v_scales = has_row_scale(pointers.v_type) ? pointers.v_scales.data() + begin : nullptr,
         .next_k = next.k.data(),
         .next_v = next.v.data(),
         .count = end - begin,

@@ -25,19 +25,23 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
   const index_t plan_head = plan.head_of(first_head);
   const key_range rows = plan.grid().row_range(tile, plan.shape().q_len);
 
-  row_pointers* rows_of_chunk[] = {scratch.take<row_pointers>(1), scratch.take<row_pointers>(1)};
-  const row_queries queries(s, work, kv, logits, kernels, rows, first_head, states, scratch);
+  readable_rows* rows_of_chunk[] = {&readable_rows::take(scratch, s, row_reader::rows),
+                                    &readable_rows::take(scratch, s, row_reader::rows)};
+  const auto locate = [&](readable_rows& to, const token_t* keys, index_t count) {
+    to.locate(keys, count, kv, s.kv, kernels);
+  };
+  const row_queries queries(s, work, logits, kernels, rows, first_head, states, scratch);
   tile_cursor cursor(plan, plan_head, tile, sub_tile_rows,
                      plan.split_range(plan_head, tile, split));
   if (!work.row_keys) {
     key_chunk* chunks[] = {scratch.take<key_chunk>(1), scratch.take<key_chunk>(1)};
     bool more = cursor.next(*chunks[0]);
-    if (more) rows_of_chunk[0]->locate(chunks[0]->keys.data(), chunks[0]->count, kv);
+    if (more) locate(*rows_of_chunk[0], chunks[0]->keys.data(), chunks[0]->count);
     for (int now = 0; more; now ^= 1) {
       const key_chunk& chunk = *chunks[now];
       key_chunk& after = *chunks[now ^ 1];
       more = cursor.next(after);
-      if (more) rows_of_chunk[now ^ 1]->locate(after.keys.data(), after.count, kv);
+      if (more) locate(*rows_of_chunk[now ^ 1], after.keys.data(), after.count);
       const key_chunk::sub_tile& part = chunk.sub[0];
       if (part.begin == part.end) continue;
       queries.attend(0, rows.size(), *rows_of_chunk[now], *rows_of_chunk[more ? now ^ 1 : now],
@@ -48,9 +52,9 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
   }
 
   key_chunk& chunk = *scratch.take<key_chunk>(1);
-  row_pointers& pointers = *rows_of_chunk[0];
-  row_pointers& next = *rows_of_chunk[1];
-  float_rows& shared_rows = float_rows::take(scratch, s);
+  readable_rows& pointers = *rows_of_chunk[0];
+  readable_rows& next = *rows_of_chunk[1];
+  readable_rows& shared_rows = readable_rows::take(scratch, s, row_reader::tiles);
 
   const bool has_splits = plan.has_splits();
   row_lists& lists = *scratch.take<row_lists>(1);
@@ -58,7 +62,7 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
   const auto flush_row = [&](index_t row) {
     const auto r = static_cast<std::size_t>(row);
     const index_t count = std::exchange(lists.counts[r], 0);
-    pointers.locate(lists.keys[r].data(), count, kv);
+    locate(pointers, lists.keys[r].data(), count);
     if (work.sharing == 1 && !has_splits) {  // the kernel does not look ahead
       return queries.attend(row, 1, pointers, pointers, 0, count, nullptr);
     }
@@ -104,11 +108,12 @@ inline std::size_t row_scratch_bytes(const attention_sequence& s, const row_work
     return padded(static_cast<std::size_t>(count) * sizeof(float));
   };
   const std::size_t own_states = work.row_keys ? 2 : 1;
-  return 2 * padded(sizeof(key_chunk)) + 2 * padded(sizeof(row_pointers)) +
+  return 2 * padded(sizeof(key_chunk)) + 2 * readable_rows::bytes(s, row_reader::rows) +
          floats(work.queries * row_out_floats(work.head_dim)) +
          padded(static_cast<std::size_t>(work.queries)) +
          (work.row_keys
-              ? padded(sizeof(row_lists)) + shared_keys::bytes(work) + float_rows::bytes(s)
+              ? padded(sizeof(row_lists)) + shared_keys::bytes(work) +
+                    readable_rows::bytes(s, row_reader::tiles)
               : 0) +
          padded(static_cast<std::size_t>(work.tile_state_floats()) * own_states * sizeof(float));
 }

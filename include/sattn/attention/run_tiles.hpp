@@ -32,7 +32,7 @@ struct tile_work {
         sharing(s.plan->sharing_heads()),
         blocks_per_tile(ceil_div(s.plan->grid().rows, sub_tile_rows)),
         lists_per_kv_head(sharing == 0 ? 0 : s.plan->shape().group_size() / sharing),
-        tiles(s.plan->tiles()), keys_bytes(padded(sizeof(key_chunk)) + float_rows::bytes(s)) {
+        tiles(s.plan->tiles()), keys_bytes(padded(sizeof(key_chunk)) + readable_rows::bytes(s, row_reader::tiles)) {
     const index_t block_bytes = lane_block_floats(head_dim, v_dim) * index_t{sizeof(float)};
     const index_t fit = std::max<index_t>(1, cached_bytes / (block_bytes * blocks_per_tile));
     heads_per_task = std::min(sharing, fit * lanes.heads);
@@ -89,7 +89,7 @@ void run_tile(const attention_sequence& s, const tile_work& work, key_range kv_h
   const kv_rows kv = rows_of(first_head / plan.shape().group_size());
 
   key_chunk& chunk = *scratch.take<key_chunk>(1);
-  float_rows& pointers = float_rows::take(scratch, s);
+  readable_rows& pointers = readable_rows::take(scratch, s, row_reader::tiles);
   float* const scores = scratch.take<float>(chunk_keys * tile_lanes);
   const index_t block_floats = lane_block_floats(work.head_dim, work.v_dim);
   const index_t blocks = ceil_div(heads, work.lanes.heads) * work.blocks_per_tile;

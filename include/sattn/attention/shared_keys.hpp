@@ -35,7 +35,7 @@ class shared_keys {
 
   void flush(const attention_sequence& s, const row_work& work, const kv_rows& kv,
              const logit_options& logits, const kernel_table& kernels, key_range rows,
-             index_t first_head, float_rows& pointers) {
+             index_t first_head, readable_rows& pointers) {
     if (count_ == 0) return;
     for (index_t head = 0; head < work.sharing && !started_; ++head) {
       pack_args pack{{}, work.head_dim, work.v_dim, logits.pack_scale, block(work, head)};

@@ -59,19 +59,6 @@ struct row_pointers {
     read_scales(rows.v, keys, v_scales);
   }
 
-  /// As many rows as `other` has, one to be prefetched with each of them: those of `keys`, then
-  /// those of `other` itself.
-  void locate_beside(const row_pointers& other, const token_t* keys, index_t key_count,
-                     const kv_rows& rows) {
-    SATTN_ASSERT(rows.v_panel == 0);
-    count = other.count;
-    const index_t known = std::min(key_count, count);
-    rows.k.locate(keys, known, k.data());
-    rows.v.locate(keys, known, v.data());
-    std::copy(other.k.begin() + known, other.k.begin() + count, k.begin() + known);
-    std::copy(other.v.begin() + known, other.v.begin() + count, v.begin() + known);
-  }
-
  protected:
   void read_scales(const row_source& source, const token_t* keys, auto& scales) const {
     if (!has_row_scale(source.type)) return;
@@ -83,44 +70,77 @@ struct row_pointers {
   }
 };
 
-/// The same for the tile kernel, which reads f32: rows of other types are widened, chunk by chunk.
-struct float_rows : row_pointers {
+/// Which kernel reads rows of K and V.
+enum class row_reader { tiles, rows };
+
+/// The tile kernel reads f32; the row kernel all types but those in blocks, for whose scales it has
+/// no registers left.
+constexpr bool reads(row_reader reader, dtype type) {
+  return type == dtype::f32 || (reader == row_reader::rows && block_of(type) == 1);
+}
+
+/// The same in types that a kernel reads: rows of other types are widened to f32, chunk by chunk.
+struct readable_rows : row_pointers {
+  dtype k_type;
+  dtype v_type;
+  row_reader reader;
   float* widened;  // room for the rows of a chunk that must be widened, k before v
 
   /// Bytes of scratch for a sequence, with room for widened rows.
-  static std::size_t bytes(const attention_sequence& s) {
-    return padded(sizeof(float_rows)) +
-           padded(static_cast<std::size_t>(widened_floats(s.kv)) * sizeof(float));
+  static std::size_t bytes(const attention_sequence& s, row_reader by) {
+    return padded(sizeof(readable_rows)) +
+           padded(static_cast<std::size_t>(widened_floats(s.kv, by)) * sizeof(float));
   }
-  static float_rows& take(scratch_arena& arena, const attention_sequence& s) {
-    float_rows& rows = *arena.take<float_rows>(1);
-    rows.widened = arena.take<float>(widened_floats(s.kv));
+  static readable_rows& take(scratch_arena& arena, const attention_sequence& s, row_reader by) {
+    readable_rows& rows = *arena.take<readable_rows>(1);
+    rows.reader = by;
+    rows.widened = arena.take<float>(widened_floats(s.kv, by));
     return rows;
   }
 
+  /// key_count > 0.
   void locate(const token_t* keys, index_t key_count, const kv_rows& rows, const kv_view& kv,
               const kernel_table& kernels) {
     row_pointers::locate(keys, key_count, rows);
+    k_type = rows.k.type;
+    v_type = rows.v.type;
     float* room = widened;
-    if (rows.k.type != dtype::f32) {
-      widen(rows.k.type, kv.k.dim, kernels, room, k.data(), k_scales.data());
+    if (!reads(reader, k_type)) {
+      widen(k_type, kv.k.dim, kernels, room, k.data(), k_scales.data());
       pad(k);
       room += chunk_keys * kv.k.dim;
     }
-    if (rows.v.type != dtype::f32) {
-      widen(rows.v.type, kv.v.dim, kernels, room, v.data(), v_scales.data());
+    if (!reads(reader, v_type)) {
+      widen(v_type, kv.v.dim, kernels, room, v.data(), v_scales.data());
     }
   }
 
- private:
-  static index_t widened_floats(const kv_view& kv) {
-    return chunk_keys * ((kv.k.type == dtype::f32 ? 0 : kv.k.dim) +
-                         (kv.v.type == dtype::f32 ? 0 : kv.v.dim));
+  /// As many rows as `other` has, one to be prefetched with each of them: those of `keys`, then
+  /// those of `other` itself.
+  void locate_beside(const readable_rows& other, const token_t* keys, index_t key_count,
+                     const kv_rows& rows) {
+    SATTN_ASSERT(rows.v_panel == 0);
+    count = other.count;
+    const index_t known = std::min(key_count, count);
+    const auto beside = [&](const row_source& source, const auto& others, auto& out) {
+      const index_t located = reads(reader, source.type) ? known : 0;
+      source.locate(keys, located, out.data());
+      std::copy(others.begin() + located, others.begin() + count, out.begin() + located);
+    };
+    beside(rows.k, other.k, k);
+    beside(rows.v, other.v, v);
   }
-  void widen(dtype type, index_t dim, const kernel_table& kernels, float* to, const void** rows,
+
+ private:
+  static index_t widened_floats(const kv_view& kv, row_reader by) {
+    return chunk_keys * ((reads(by, kv.k.type) ? 0 : kv.k.dim) +
+                         (reads(by, kv.v.type) ? 0 : kv.v.dim));
+  }
+  void widen(dtype& type, index_t dim, const kernel_table& kernels, float* to, const void** rows,
              const float* scales) const {
     kernels.load_rows({rows, scales, type, count, dim, to});
     for (index_t i = 0; i < count; ++i) rows[i] = to + i * dim;
+    type = dtype::f32;
   }
 };
 

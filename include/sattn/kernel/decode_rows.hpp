@@ -4,6 +4,7 @@
 #include <sattn/kernel/kernel_args.hpp>
 #include <sattn/kernel/prefill_tile.hpp>
 #include <sattn/kernel/row_products.hpp>
+#include <sattn/kernel/row_stream.hpp>
 #include <sattn/simd/exp.hpp>
 
 // A few query rows against chunks of keys, with the head dimension in the lanes: for decoding and
@@ -109,7 +110,12 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, 
   alignas(64) float rescale[simd::vec<Arch>::width];
   // One query alone is bound by the cache that delivers its own rows.
   constexpr look_ahead in_cache = Queries == 1 ? look_ahead::none : look_ahead::beside;
-  with_type(args.k_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
+  with_plain_type(args.k_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
+    if constexpr (Queries == 1 && streams<T>) {
+      if (!args.cached) {
+        return qk_stream<Arch, T>(args.k_rows + begin, count, q, args.head_dim, scores);
+      }
+    }
     const auto run = args.cached ? &qk_rows<Arch, Queries, T, in_cache>
                                  : &qk_rows<Arch, Queries, T, look_ahead::beside>;
     run(args.k_rows + begin, next_k, count, q, q_stride, args.head_dim, scores);
@@ -123,7 +129,12 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, 
   softmax_rows<Arch, Queries>(scores, count, states + row_out_floats(args.v_dim), state_stride,
                               rescale);
   if (args.v_scales != nullptr) scale_rows<Arch, Queries>(scores, args.v_scales + begin, count);
-  with_type(args.v_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
+  with_plain_type(args.v_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
+    if constexpr (Queries == 1 && streams<T>) {
+      if (!args.cached) {
+        return pv_stream<Arch, T>(args.v_rows + begin, count, args.v_dim, scores, rescale[0], states);
+      }
+    }
     const auto run = args.cached ? &pv_rows<Arch, Queries, T, in_cache>
                                  : &pv_rows<Arch, Queries, T, look_ahead::in_order>;
     run(args.v_rows + begin, next_v, count, args.v_dim, scores, rescale, states, state_stride);

@@ -96,7 +96,7 @@ static_assert(prefetch_rows >= stream_piece, "a piece looks as far behind the li
 struct rows_args {
   const float* q;  // [queries][round_up(head_dim, 16)], pre-scaled, zero behind head_dim
   index_t queries;
-  dtype k_type;
+  dtype k_type;  // without blocks
   dtype v_type;
   const void* const* k_rows;  // [count + prefetch_rows]; the extra ones are not read
   const void* const* v_rows;  // [count + prefetch_rows]

@@ -42,6 +42,7 @@ SATTN_NOINLINE void score_tile_of_pages(const page_scores_args& args) noexcept {
       simd::unroll<vecs>([&](auto i) SATTN_INLINE_LAMBDA {
         acc[i] = simd::fma(below, simd::load_as_float<Arch>(low + i * width), acc[i]);
         acc[i] = simd::fma(above, simd::load_as_float<Arch>(high + i * width), acc[i]);
+        __asm__ volatile("" ::: "memory");  // clang 14 loads further ahead than it has registers
       });
     }
     simd::unroll<vecs>([&](auto i) SATTN_INLINE_LAMBDA {

@@ -19,12 +19,13 @@ enum class look_ahead { none, beside, in_order };
 
 /// Rows of K, and registers of a row of V, that a tile holds against Queries query rows: enough
 /// accumulators to cover the latency of two FMA units (8; 6 for three queries of f32), at most 12
-/// beside the operands. Of f32 two registers are a cache line; three would touch two lines of each row in every pass.
+/// beside the operands. Of f32 two registers are a cache line; three would touch two lines of each
+/// row in every pass. Widening int8 takes registers of its own: 4 x 3 of it would spill.
 template <int Queries, class T>
-inline constexpr int tile_keys = Queries == 1   ? 8
-                                 : Queries == 2 ? 4
-                                 : sizeof(T) == 4 ? 2
-                                                  : 3;
+inline constexpr int tile_keys = Queries == 1                                       ? 8
+                                 : Queries == 2                                     ? 4
+                                 : sizeof(T) == 4 || (sizeof(T) == 1 && Queries == 4) ? 2
+                                                                                    : 3;
 
 /// acc[n * Cols + c] += left(n) * right(c), in an order that fits 16 registers: the rows at once and
 /// one query at a time, or for one query the other way round. InOrder keeps compilers

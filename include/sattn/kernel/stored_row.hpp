@@ -12,7 +12,8 @@ namespace sattn::kernel {
 template <class Arch, class T>
 struct stored_row {
   using V = simd::vec<Arch>;
-  static constexpr index_t line = 64 / static_cast<index_t>(sizeof(T));  // elements in a cache line
+  // Elements that loops take at once: of a cache line, where registers suffice for their addresses.
+  static constexpr index_t line = sizeof(T) == 1 ? 32 : 64 / static_cast<index_t>(sizeof(T));
 
   static constexpr bool loads_anywhere = true;  // load(i) takes any i
 
@@ -36,7 +37,6 @@ struct stored_row {
 template <class Arch>
 struct stored_row<Arch, q8_0> {
   using V = simd::vec<Arch>;
-  static constexpr index_t line = 32;
   static constexpr bool loads_anywhere = false;
 
   const q8_0* data;
@@ -46,7 +46,7 @@ struct stored_row<Arch, q8_0> {
 
   SATTN_ALWAYS_INLINE V load(index_t i) const {
     const q8_0& block = block_at(i);
-    return simd::load_as_float<Arch>(block.values + i % line) *
+    return simd::load_as_float<Arch>(block.values + i % block_size) *
            simd::broadcast_as_float<Arch>(block.scale);
   }
   SATTN_ALWAYS_INLINE V load_partial(index_t i, index_t count) const {
@@ -56,13 +56,14 @@ struct stored_row<Arch, q8_0> {
   }
   SATTN_ALWAYS_INLINE float at(index_t i) const {
     const q8_0& block = block_at(i);
-    return to_float(block.values[i % line]) * to_float(block.scale);
+    return to_float(block.values[i % block_size]) * to_float(block.scale);
   }
-  SATTN_ALWAYS_INLINE void prefetch(index_t i) const { simd::prefetch_near(&block_at(i)); }
 
  private:
+  static constexpr index_t block_size = block_of(dtype::q8_0);
+
   SATTN_ALWAYS_INLINE const q8_0& block_at(index_t i) const {
-    return data[static_cast<std::size_t>(i) / line];
+    return data[static_cast<std::size_t>(i) / block_size];
   }
 };
 
@@ -76,6 +77,14 @@ SATTN_ALWAYS_INLINE void with_type(dtype type, F&& f) {
     case dtype::i8: return f(static_cast<const std::int8_t*>(nullptr));
     case dtype::q8_0: return f(static_cast<const q8_0*>(nullptr));
   }
+}
+
+/// Calls f with a null pointer of the storage type, which has no blocks.
+template <class F>
+SATTN_ALWAYS_INLINE void with_plain_type(dtype type, F&& f) {
+  with_type(type, [&]<class T>(const T* null) SATTN_INLINE_LAMBDA {
+    if constexpr (block_of(dtype_of<T>) == 1) f(null);
+  });
 }
 
 }  // namespace sattn::kernel
