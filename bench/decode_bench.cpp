@@ -76,9 +76,9 @@ stored_caches caches_of(const setting& s) {
 }
 
 void report(benchmark::State& state, const stored_caches& caches, const bench::timings& t,
-            const sattn::plan_stats& stats, index_t group, double read_rate) {
+            const sattn::plan_stats& stats, index_t group) {
   const double seconds = bench::median(t.run);
-  const double best = *std::min_element(t.run.begin(), t.run.end());
+  const double best = bench::best(t.run);
   const auto selected = static_cast<double>(stats.selected);
   const double flops = 2.0 * static_cast<double>(caches.dim() + caches.v_dim()) * selected;
   const double bytes = static_cast<double>(caches.token_bytes()) * selected /
@@ -87,10 +87,11 @@ void report(benchmark::State& state, const stored_caches& caches, const bench::t
   counters["median_ms"] = seconds * 1e3;
   counters["best_ms"] = best * 1e3;
   counters["gflops"] = flops / seconds * 1e-9;
-  counters["peak_fraction"] = flops / seconds / t.fma_rate;
-  counters["read_gbps"] = read_rate * 1e-9;
-  counters["bandwidth_fraction"] = bytes / seconds / read_rate;
-  counters["bandwidth_fraction_best"] = bytes / best / read_rate;
+  counters["peak_fraction"] = t.fraction(flops, t.fma_rate);
+  counters["peak_fraction_best"] = flops / best / bench::fastest(t.fma_rate);
+  counters["read_gbps"] = bench::median(t.read_rate) * 1e-9;
+  counters["bandwidth_fraction"] = t.fraction(bytes, t.read_rate);
+  counters["bandwidth_fraction_best"] = bytes / best / bench::fastest(t.read_rate);
   counters["density"] = stats.density_selected();
 }
 
@@ -126,7 +127,7 @@ void run_attention(benchmark::State& state, const setting& s, const pattern_make
   plan_decode_into(ctx, reference, alone.shape(), sattn::dense{});
   bench::row_matrix scores;
 
-  bench::timed_case c{.from_memory = true, .smoke = s.smoke};
+  bench::timed_case c{.from_memory = true, .threads = threads, .smoke = s.smoke};
   c.prepare = [&] { pattern = make(s.shape(), ++round); };
   c.plan = [&] { plan_decode_into(ctx, plan, s.shape(), pattern); };
   if (against != rival::none) c.reference = [&] { other.attend(ctx, reference); };
@@ -151,8 +152,7 @@ void run_attention(benchmark::State& state, const setting& s, const pattern_make
   }
   const bench::timings t = measure(state, c);
   const double ratio = bench::median(t.ratio);
-  const double read = threads > 1 ? bench::read_rate(threads) : t.read_rate;
-  report(state, caches, t, plan.stats(), s.group, read);
+  report(state, caches, t, plan.stats(), s.group);
   if (against == rival::dense) {
     const double planned = bench::median(t.plan) / (bench::median(t.plan) + bench::median(t.run));
     state.counters["vs_dense"] = ratio / plan.stats().density_selected();
@@ -190,7 +190,7 @@ void run_batch(benchmark::State& state, const setting& s) {
     }
     sattn::attend(with, batch);
   };
-  bench::timed_case c{.from_memory = true, .smoke = s.smoke};
+  bench::timed_case c{.from_memory = true, .threads = 2, .smoke = s.smoke};
   c.reference = [&] { attend(ctx); };
   c.run = [&] { attend(pool); };
   const bench::timings t = measure(state, c);
@@ -199,7 +199,7 @@ void run_batch(benchmark::State& state, const setting& s) {
     all.selected += plan.stats().selected;
     all.legal += plan.stats().legal;
   }
-  report(state, caches, t, all, s.group, bench::read_rate(2));
+  report(state, caches, t, all, s.group);
   state.counters["thread_speedup"] = 1 / bench::median(t.ratio);
 }
 
@@ -245,13 +245,13 @@ void run_quest(benchmark::State& state, const setting& s, dtype summary_type, in
     sattn::attend(ctx, plan, ours.q_view(), caches.view(ours.next), ours.out_view());
   };
   const bench::timings t = measure(state, c);
-  report(state, caches, t, plan.stats(), s.group, t.read_rate);
+  report(state, caches, t, plan.stats(), s.group);
   const double bytes = static_cast<double>(summaries[0][0].bytes());
   state.counters["speedup"] = 1 / bench::median(t.ratio);
   state.counters["score_us"] = bench::median(scoring) * 1e6;
   state.counters["select_us"] = bench::median(selecting) * 1e6;
   state.counters["plan_us"] = bench::median(planning) * 1e6;
-  state.counters["score_bandwidth_fraction"] = bytes / bench::median(scoring) / t.read_rate;
+  state.counters["score_bandwidth_fraction"] = bytes / bench::median(scoring) / bench::median(t.read_rate);
 }
 
 /// One more token in a cache that keeps summaries, against a decoding step over it.

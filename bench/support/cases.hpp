@@ -76,20 +76,19 @@ struct session {
 inline void report(benchmark::State& state, const problem& p, const timings& t,
                    const sattn::plan_stats& stats, index_t threads) {
   const double seconds = median(t.run);
-  const double best = *std::min_element(t.run.begin(), t.run.end());
   const double flops = 2.0 * static_cast<double>(p.dim + p.v_dim);  // of one pair: q k and p v
   const double useful = flops * static_cast<double>(stats.selected);
   const double executed = flops * static_cast<double>(stats.executed);
-  const double rated = stats.selected == stats.legal ? useful : executed;
-  const double peak = t.fma_rate * static_cast<double>(threads);
+  const double rated = (stats.selected == stats.legal ? useful : executed) /
+                       static_cast<double>(threads);
   auto& counters = state.counters;
-  counters["best_ms"] = best * 1e3;
+  counters["best_ms"] = best(t.run) * 1e3;
   counters["median_ms"] = seconds * 1e3;
   counters["gflops"] = useful / seconds * 1e-9;
   counters["gflops_executed"] = executed / seconds * 1e-9;
-  counters["peak_gflops"] = peak * 1e-9;
-  counters["peak_fraction"] = rated / seconds / peak;
-  counters["peak_fraction_best"] = rated / best / peak;
+  counters["peak_gflops"] = median(t.fma_rate) * static_cast<double>(threads) * 1e-9;
+  counters["peak_fraction"] = t.fraction(rated, t.fma_rate);
+  counters["peak_fraction_best"] = rated / best(t.run) / fastest(t.fma_rate);
   counters["density"] = stats.density_executed();
   counters["density_selected"] = stats.density_selected();
 }

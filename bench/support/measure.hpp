@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <sattn/core/types.hpp>
 #include <string_view>
 #include <vector>
 
@@ -26,24 +27,37 @@ struct timed_case {
   std::function<void()> plan = [] {};
   std::function<void()> run = [] {};
   bool from_memory = false;  // probe the memory too, which empties the caches
+  sattn::index_t threads = 1;  // that probe it
   bool smoke = false;        // one round
 };
 
 struct timings {
-  std::vector<double> plan, run, ratio;  // seconds, seconds, run / reference of the same round
-  double fma_rate = 0;
-  double read_rate = 0;
+  // By round: seconds; run / reference; flops and bytes a second that the machine could do.
+  std::vector<double> plan, run, ratio, fma_rate, read_rate;
 
   void add_round(const timed_case& c) {
     c.prepare();
-    fma_rate = std::max(fma_rate, bench::fma_rate());
-    if (c.from_memory) read_rate = std::max(read_rate, bench::read_rate());
+    fma_rate.push_back(bench::fma_rate());
+    if (c.from_memory) read_rate.push_back(bench::read_rate(c.threads));
     const double reference = seconds_of(c.reference);
     plan.push_back(seconds_of(c.plan));
     run.push_back(seconds_of(c.run));
     ratio.push_back(run.back() / reference);
   }
+  /// What so many flops or bytes a run are of a rate, round by round: the median.
+  double fraction(double amount, const std::vector<double>& rate) const {
+    std::vector<double> each;
+    for (std::size_t i = 0; i < run.size(); ++i) each.push_back(amount / run[i] / rate[i]);
+    return median(each);
+  }
 };
+
+inline double best(const std::vector<double>& seconds) {
+  return *std::min_element(seconds.begin(), seconds.end());
+}
+inline double fastest(const std::vector<double>& rate) {
+  return *std::max_element(rate.begin(), rate.end());
+}
 
 /// All rounds of the case, whose medians become counters. Google Benchmark's own time is that of one
 /// more run: its manual time would add a suffix to every name.
