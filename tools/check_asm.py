@@ -47,7 +47,7 @@ EXPECTED = [
     "softmax_chunk<avx2",
     "softmax_rows<avx2, 4",
     "softmax_rows<avx2, 1",
-    "adjust_row<avx2",
+    "adjust_rows<avx2",
     "qk_rows<avx2, 3",
     "pv_rows<avx2, 3",
     "qk_rows<avx2, 4",
@@ -68,7 +68,7 @@ COLD = ["finish_tile<avx2"]
 # Reloads per trip that are put up with, by the begin of the kernel's name.
 # All are constants of the loop for which there was no register: base[1], and those of tanh.
 ALLOWED_RELOADS = {"softmax_chunk<avx2": 1, "softmax_rows<avx2": 2,
-                   "adjust_row<avx2": 9, "adjust_scores<avx2, true": 11}
+                   "adjust_rows<avx2": 9, "adjust_scores<avx2, true": 11}
 
 VECTOR_BYTES = 32
 KINDS = ["spilled", "reloaded", "scratch", "stack", "calls"]

@@ -13,87 +13,95 @@
 
 namespace sattn::kernel {
 
-template <class Arch>
-constexpr index_t padded_keys(index_t count) {
-  constexpr index_t width = simd::vec<Arch>::width;
-  return (count + width - 1) / width * width;
+/// Floats of the scores of so many keys up to a whole register, and to four keys.
+template <class Arch, int Queries>
+constexpr index_t padded_scores(index_t count) {
+  constexpr index_t four = 4 * score_stride<Queries>;
+  constexpr index_t unit = simd::vec<Arch>::width > four ? simd::vec<Arch>::width : four;
+  return (count * score_stride<Queries> + unit - 1) / unit * unit;
 }
 
-/// Soft cap and masks, in this order, over the scores of one query; -inf behind the last key.
-template <class Arch>
-SATTN_NOINLINE void adjust_row(const rows_args& args, index_t query, index_t begin, index_t count,
-                               float* SATTN_RESTRICT s) noexcept {
+/// Soft cap and masks, in this order; -inf behind the last key.
+template <class Arch, int Queries>
+SATTN_NOINLINE void adjust_rows(const rows_args& args, index_t first, index_t begin, index_t count,
+                                float* SATTN_RESTRICT s) noexcept {
   using V = simd::vec<Arch>;
+  constexpr index_t stride = score_stride<Queries>;
   const float minus_inf = -__builtin_inff();
-  const index_t padded = padded_keys<Arch>(count);
+  const index_t padded = padded_scores<Arch, Queries>(count);
   if (args.soft_cap != 0.0f) {
     const V cap = V::broadcast(args.soft_cap);
-    for (index_t i = count; i < padded; ++i) s[i] = 0.0f;
+    for (index_t i = count * stride; i < padded; ++i) s[i] = 0.0f;
     for (index_t i = 0; i < padded; i += V::width) {
       (cap * simd::tanh(V::load_aligned(s + i))).store_aligned(s + i);
     }
   }
   if (args.masks != nullptr) {
-    const int bit = args.mask_bit[query];
-    for (index_t i = 0; i < count; ++i) {
-      if ((args.masks[begin + i] >> bit & 1) == 0) s[i] = minus_inf;
+    for (index_t key = 0; key < count; ++key) {
+      const unsigned mask = args.masks[begin + key];
+      for (index_t n = 0; n < Queries; ++n) {
+        if ((mask >> args.mask_bit[first + n] & 1) == 0) s[key * stride + n] = minus_inf;
+      }
     }
   }
-  for (index_t i = count; i < padded; ++i) s[i] = minus_inf;
+  for (index_t i = count * stride; i < padded; ++i) s[i] = minus_inf;
 }
 
-/// rows[n][i] *= factors[i], of which a whole vector behind the last is read.
-template <class Arch, int Queries>
-SATTN_NOINLINE void scale_rows(float* SATTN_RESTRICT rows, const float* SATTN_RESTRICT factors,
+/// The scores of key i times factors[i].
+template <int Queries>
+SATTN_NOINLINE void scale_rows(float* SATTN_RESTRICT scores, const float* SATTN_RESTRICT factors,
                                index_t count) noexcept {
-  using V = simd::vec<Arch>;
-  for (index_t i = 0; i < padded_keys<Arch>(count); i += V::width) {
-    const V factor = V::load(factors + i);
-    simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-      float* const at = rows + n * chunk_keys + i;
-      (V::load_aligned(at) * factor).store_aligned(at);
-    });
+  constexpr index_t stride = score_stride<Queries>;
+  for (index_t key = 0; key < count; ++key) {
+    for (index_t n = 0; n < stride; ++n) scores[key * stride + n] *= factors[key];
   }
 }
 
 /// Scores of a piece to probabilities, against the running maxima; rescale[n] becomes the factor of
-/// what query n has accumulated before.
+/// what query n has accumulated before. The bits of a query do not depend on those beside it.
 template <class Arch, int Queries>
 SATTN_NOINLINE void softmax_rows(float* SATTN_RESTRICT scores, index_t count,
                                  float* SATTN_RESTRICT max_and_sum, index_t state_stride,
                                  float* SATTN_RESTRICT rescale) noexcept {
   using V = simd::vec<Arch>;
   constexpr int width = V::width;
-  static_assert(Queries <= width);
-  const index_t padded = padded_keys<Arch>(count);
-  const float minus_inf = -__builtin_inff();
-  alignas(64) float change[width] = {};
-  V sum[Queries];
-  simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-    float* const s = scores + n * chunk_keys;
-    float& row_max = max_and_sum[n * state_stride];
-    V top = V::load_aligned(s);
-    for (index_t i = width; i < padded; i += width) top = simd::max(top, V::load_aligned(s + i));
-    const float piece_max = simd::reduce_max(top);
-    const float after = piece_max > row_max ? piece_max : row_max;
-    // -inf - -inf would be NaN; with base 0 every masked score still becomes exactly 0.
-    const float base = after == minus_inf ? 0.0f : after;
-    change[n] = row_max - base;
-    row_max = after;
-    const V vec_base = V::broadcast(base);
-    sum[n] = V::zero();
-    SATTN_NO_UNROLL
-    for (index_t i = 0; i < padded; i += width) {
-      const V p = simd::exp_nonpositive(V::load_aligned(s + i) - vec_base);
-      p.store_aligned(s + i);
-      sum[n] = sum[n] + p;
-    }
-  });
-  simd::exp_nonpositive(V::load_aligned(change)).store_aligned(rescale);
-  simd::unroll<Queries>([&](auto n) SATTN_INLINE_LAMBDA {
-    float& row_sum = max_and_sum[n * state_stride + 1];
-    row_sum = row_sum * rescale[n] + simd::reduce_add(sum[n]);
-  });
+  constexpr int stride = score_stride<Queries>;
+  static_assert(stride <= width);
+  const index_t padded = padded_scores<Arch, Queries>(count);
+  V top = V::load_aligned(scores);
+  for (index_t i = width; i < padded; i += width) top = simd::max(top, V::load_aligned(scores + i));
+  alignas(64) float lane[width];
+  for (int i = 0; i < width; ++i) {
+    lane[i] = max_and_sum[(i % stride < Queries ? i % stride : 0) * state_stride];
+  }
+  const V before = V::load_aligned(lane);
+  const V after = simd::max(before, simd::max_of_residues<stride>(top));
+  // -inf - -inf would be NaN; with base 0 every masked score still becomes exactly 0.
+  const V base = simd::select_equal(after, V::broadcast(-__builtin_inff()), V::zero(), after);
+  simd::exp_nonpositive(before - base).store_aligned(rescale);
+  SATTN_NO_UNROLL
+  for (index_t i = 0; i < padded; i += width) {
+    simd::exp_nonpositive(V::load_aligned(scores + i) - base).store_aligned(scores + i);
+  }
+  // Every fourth key in a sum of its own, whatever the width of a register.
+  using four = simd::vec<arch::sse2>;
+  four sum[stride];
+  simd::unroll<stride>([&](auto i) SATTN_INLINE_LAMBDA { sum[i] = four::zero(); });
+  SATTN_NO_UNROLL
+  for (index_t i = 0; i < padded; i += 4 * stride) {
+    simd::unroll<stride>([&](auto j) SATTN_INLINE_LAMBDA {
+      sum[j] = sum[j] + four::load_aligned(scores + i + 4 * j);
+    });
+  }
+  alignas(16) float part[4 * stride];
+  simd::unroll<stride>([&](auto i) SATTN_INLINE_LAMBDA { sum[i].store_aligned(part + 4 * i); });
+  after.store_aligned(lane);
+  for (int n = 0; n < Queries; ++n) {
+    float* const state = max_and_sum + n * state_stride;
+    state[0] = lane[n];
+    state[1] = state[1] * rescale[n] + ((part[n] + part[stride + n]) +
+                                        (part[2 * stride + n] + part[3 * stride + n]));
+  }
 }
 
 /// The keys [begin, begin + count) for the queries [first, first + Queries). `next_k` and `next_v`
@@ -106,38 +114,40 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, 
   const index_t state_stride = row_state_floats(args.v_dim);
   const float* const q = args.q + first * q_stride;
   float* const states = args.states + first * state_stride;
-  alignas(64) float scores[Queries * chunk_keys];
+  alignas(64) float scores[score_stride<Queries> * chunk_keys];
   alignas(64) float rescale[simd::vec<Arch>::width];
-  // One query alone is bound by the cache that delivers its own rows.
-  constexpr look_ahead in_cache = Queries == 1 ? look_ahead::none : look_ahead::beside;
   with_plain_type(args.k_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
-    if constexpr (Queries == 1 && streams<T>) {
+    if constexpr (Queries == 1) {
       if (!args.cached) {
-        return qk_stream<Arch, T>(args.k_rows + begin, count, q, args.head_dim, scores);
+        return qk_stream<Arch, T>(args.k_rows + begin, next_k, count, q, args.head_dim, scores);
       }
     }
-    const auto run = args.cached ? &qk_rows<Arch, Queries, T, in_cache>
-                                 : &qk_rows<Arch, Queries, T, look_ahead::beside>;
-    run(args.k_rows + begin, next_k, count, q, q_stride, args.head_dim, scores);
+    // One query alone is bound by the cache that delivers its own rows.
+    constexpr look_ahead ahead = Queries == 1 ? look_ahead::none : look_ahead::beside;
+    qk_rows<Arch, Queries, T, ahead>(args.k_rows + begin, next_k, count, q, q_stride, args.head_dim,
+                                     scores);
   });
-  if (args.k_scales != nullptr) scale_rows<Arch, Queries>(scores, args.k_scales + begin, count);
-  if (count % simd::vec<Arch>::width != 0 || args.masks != nullptr || args.soft_cap != 0.0f) {
-    for (int n = 0; n < Queries; ++n) {
-      adjust_row<Arch>(args, first + n, begin, count, scores + n * chunk_keys);
-    }
+  if (args.k_scales != nullptr) scale_rows<Queries>(scores, args.k_scales + begin, count);
+  if (padded_scores<Arch, Queries>(count) != count * score_stride<Queries> ||
+      args.masks != nullptr || args.soft_cap != 0.0f) {
+    adjust_rows<Arch, Queries>(args, first, begin, count, scores);
   }
   softmax_rows<Arch, Queries>(scores, count, states + row_out_floats(args.v_dim), state_stride,
                               rescale);
-  if (args.v_scales != nullptr) scale_rows<Arch, Queries>(scores, args.v_scales + begin, count);
+  if (args.v_scales != nullptr) scale_rows<Queries>(scores, args.v_scales + begin, count);
   with_plain_type(args.v_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
-    if constexpr (Queries == 1 && streams<T>) {
+    if constexpr (Queries == 1) {
       if (!args.cached) {
-        return pv_stream<Arch, T>(args.v_rows + begin, count, args.v_dim, scores, rescale[0], states);
+        return pv_stream<Arch, T>(args.v_rows + begin, next_v, count, args.v_dim, scores,
+                                  rescale[0], states);
       }
+      pv_rows<Arch, 1, T, look_ahead::none>(args.v_rows + begin, next_v, count, args.v_dim, scores,
+                                            rescale, states, state_stride);
+    } else {
+      const auto run = args.cached ? &pv_rows<Arch, Queries, T, look_ahead::beside>
+                                   : &pv_rows<Arch, Queries, T, look_ahead::in_order>;
+      run(args.v_rows + begin, next_v, count, args.v_dim, scores, rescale, states, state_stride);
     }
-    const auto run = args.cached ? &pv_rows<Arch, Queries, T, in_cache>
-                                 : &pv_rows<Arch, Queries, T, look_ahead::in_order>;
-    run(args.v_rows + begin, next_v, count, args.v_dim, scores, rescale, states, state_stride);
   });
 }
 

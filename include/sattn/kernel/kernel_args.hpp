@@ -116,14 +116,15 @@ struct rows_args {
 
 inline constexpr index_t tile_pages = 64;  // pages whose summaries lie together
 
-/// Summaries of tile_pages pages: [head_dim][min, max][tile_pages] of f32, f16 or i8, of i8 followed
-/// by [tile_pages] f32 scales.
+/// Summaries of tile_pages pages: [head_dim][rows][tile_pages] of f32, f16 or i8, of i8 followed by
+/// [tile_pages] f32 scales.
 struct page_scores_args {
   const void* tile;
   const void* next_tile;  // of a later call, only prefetched
   dtype type;
+  index_t rows;  // of each dimension: 2, min and max, or 1, the mean
   index_t head_dim;
-  const float* q;  // [head_dim] positive parts, then [head_dim] negative parts
+  const float* q;  // [rows][head_dim]: of 2 rows the negative parts, then the positive ones
   float* scores;   // [tile_pages]
 };
 

@@ -6,31 +6,34 @@
 #include <sattn/simd/transpose.hpp>
 
 // The two products of the row kernel for one query whose rows come from memory: row by row in their
-// order, as memory delivers them best, with the output in the first-level cache. The sums are those
-// of row_products.hpp to the last bit.
+// order, as memory delivers them best, with the output in the first-level cache. Beside each row the
+// row of the next piece is prefetched: no hardware sees ahead where K and V take turns. The sums are
+// those of row_products.hpp to the last bit.
 
 namespace sattn::kernel {
 
-/// Types that are quicker so. A piece of f32 rows takes two pages of memory, and int8 is bound by its
-/// conversion: both prefer the register tiles and their prefetch (docs/dead_ends.md).
+/// Elements of a row that a loop takes at once: a cache line.
 template <class T>
-inline constexpr bool streams = sizeof(T) == 2;
+inline constexpr index_t streamed = 64 / static_cast<index_t>(sizeof(T));
 
 /// scores[key] = q . k[key]. A row is one chain; the processor overlaps as many rows as it sees.
 template <class Arch, class T>
-SATTN_NOINLINE void qk_stream(const void* const* k_rows, index_t count, const float* q,
-                              index_t head_dim, float* SATTN_RESTRICT scores) noexcept {
+SATTN_NOINLINE void qk_stream(const void* const* k_rows, const void* const* next_k, index_t count,
+                              const float* q, index_t head_dim,
+                              float* SATTN_RESTRICT scores) noexcept {
   using V = simd::vec<Arch>;
   using row_type = stored_row<Arch, T>;
   constexpr index_t width = V::width;
-  constexpr int keys = 4;
+  constexpr int keys = 8;
   const auto row_sum = [&](index_t key) SATTN_INLINE_LAMBDA {
     const row_type k(k_rows[key]);
+    const row_type next(next_k[key]);
     V sum = V::zero();
     index_t i = 0;
     SATTN_NO_UNROLL
-    for (; i + row_type::line <= head_dim; i += row_type::line) {
-      simd::unroll<row_type::line / width>([&](auto u) SATTN_INLINE_LAMBDA {
+    for (; i + streamed<T> <= head_dim; i += streamed<T>) {
+      next.prefetch(i);
+      simd::unroll<streamed<T> / width>([&](auto u) SATTN_INLINE_LAMBDA {
         sum = simd::fma(V::load_aligned(q + i + u * width), k.load(i + u * width), sum);
       });
     }
@@ -43,48 +46,50 @@ SATTN_NOINLINE void qk_stream(const void* const* k_rows, index_t count, const fl
     }
     return sum;
   };
+  const auto sums = [&](auto rows, index_t key) SATTN_INLINE_LAMBDA {
+    V sum[rows];
+    simd::unroll<rows>([&](auto r) SATTN_INLINE_LAMBDA { sum[r] = row_sum(key + r); });
+    simd::reduce_each(sum, scores + key);
+  };
   index_t key = 0;
   SATTN_NO_UNROLL
-  for (; key + keys <= count; key += keys) {
-    V sum[keys];
-    simd::unroll<keys>([&](auto r) SATTN_INLINE_LAMBDA { sum[r] = row_sum(key + r); });
-    alignas(64) float sums[keys];
-    simd::reduce_each(sum, sums);
-    simd::unroll<keys>([&](auto r) SATTN_INLINE_LAMBDA { scores[key + r] = sums[r]; });
-  }
+  for (; key + keys <= count; key += keys) sums(std::integral_constant<int, keys>{}, key);
   SATTN_NO_UNROLL
-  for (; key < count; ++key) {
-    V sum[1] = {row_sum(key)};
-    alignas(64) float sums[1];
-    simd::reduce_each(sum, sums);
-    scores[key] = sums[0];
-  }
+  for (; key < count; ++key) sums(std::integral_constant<int, 1>{}, key);
 }
 
-/// out = out * rescale + sum over keys of p[key] v[key], two rows at a time: one would be bound by its
-/// stores.
+/// out = out * rescale + sum over keys of p[key] v[key], a few rows at a time, because one would be
+/// bound by the stores; together they are half a page or less, so that memory still sees an order.
 template <class Arch, class T>
-SATTN_NOINLINE void pv_stream(const void* const* v_rows, index_t count, index_t v_dim,
-                              const float* p, float rescale, float* SATTN_RESTRICT out) noexcept {
+SATTN_NOINLINE void pv_stream(const void* const* v_rows, const void* const* next_v, index_t count,
+                              index_t v_dim, const float* p, float rescale,
+                              float* SATTN_RESTRICT out) noexcept {
   using V = simd::vec<Arch>;
   using row_type = stored_row<Arch, T>;
   constexpr index_t width = V::width;
-  const auto add = [&](auto rows, index_t key, V factor) SATTN_INLINE_LAMBDA {
+  constexpr int at_once = sizeof(T) == 1 ? 4 : 2;
+  // The first rows also rescale what is there.
+  const auto add = [&](auto rows, auto first, index_t key) SATTN_INLINE_LAMBDA {
+    const V factor = V::broadcast(rescale);
     row_type v[rows];
+    row_type next[rows];
     V weight[rows];
     simd::unroll<rows>([&](auto r) SATTN_INLINE_LAMBDA {
       v[r] = row_type(v_rows[key + r]);
+      next[r] = row_type(next_v[key + r]);
       weight[r] = V::broadcast(p[key + r]);
     });
     const auto column = [&](index_t i, auto&& load) SATTN_INLINE_LAMBDA {
-      V sum = V::load_aligned(out + i) * factor;
+      V sum = V::load_aligned(out + i);
+      if constexpr (first) sum = sum * factor;
       simd::unroll<rows>([&](auto r) SATTN_INLINE_LAMBDA { sum = simd::fma(weight[r], load(r), sum); });
       sum.store_aligned(out + i);
     };
     index_t i = 0;
     SATTN_NO_UNROLL
-    for (; i + row_type::line <= v_dim; i += row_type::line) {
-      simd::unroll<row_type::line / width>([&](auto u) SATTN_INLINE_LAMBDA {
+    for (; i + streamed<T> <= v_dim; i += streamed<T>) {
+      simd::unroll<rows>([&](auto r) SATTN_INLINE_LAMBDA { next[r].prefetch(i); });
+      simd::unroll<streamed<T> / width>([&](auto u) SATTN_INLINE_LAMBDA {
         column(i + u * width, [&](auto r) SATTN_INLINE_LAMBDA { return v[r].load(i + u * width); });
       });
     }
@@ -96,15 +101,21 @@ SATTN_NOINLINE void pv_stream(const void* const* v_rows, index_t count, index_t 
       column(i, [&](auto r) SATTN_INLINE_LAMBDA { return v[r].load_partial(i, v_dim - i); });
     }
   };
-  const V one = V::broadcast(1.0f);
-  V factor = V::broadcast(rescale);
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, at_once> several;
+  constexpr std::true_type first;
+  constexpr std::false_type later;
   index_t key = 0;
-  SATTN_NO_UNROLL
-  for (; key + 2 <= count; key += 2) {
-    add(std::integral_constant<int, 2>{}, key, factor);
-    factor = one;
+  if (count >= at_once) {
+    add(several, first, 0);
+    SATTN_NO_UNROLL
+    for (key = at_once; key + at_once <= count; key += at_once) add(several, later, key);
+  } else {
+    add(one, first, 0);
+    key = 1;
   }
-  if (key < count) add(std::integral_constant<int, 1>{}, key, factor);
+  SATTN_NO_UNROLL
+  for (; key < count; ++key) add(one, later, key);
 }
 
 }  // namespace sattn::kernel

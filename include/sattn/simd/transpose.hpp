@@ -50,37 +50,95 @@ SATTN_ALWAYS_INLINE void transpose<arch::avx2>(vec<arch::avx2> (&row)[8]) {
 }
 #endif
 
-/// sums[i] = the sum of the lanes of rows[i], each in the same order.
+/// sums[i] = the sum of the lanes of rows[i]: halves are added until one lane is left.
 template <class Arch, int N>
 SATTN_ALWAYS_INLINE void reduce_each(const vec<Arch> (&rows)[N], float* sums) {
-  unroll<N>([&](auto i) SATTN_INLINE_LAMBDA { sums[i] = reduce_add(rows[i]); });
+  constexpr int width = vec<Arch>::width;
+  alignas(64) float lane[width];
+  for (int i = 0; i < N; ++i) {
+    rows[i].store_aligned(lane);
+    for (int half = width / 2; half > 0; half /= 2) {
+      for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+    }
+    sums[i] = lane[0];
+  }
 }
 
 #if defined(__AVX2__) && defined(__FMA__)
+namespace detail {
+
+// Four rows in the lanes of half a register, each its two halves added: then the rows change places
+// as their lanes are added. Shuffles share a port with products, blends do not.
+SATTN_ALWAYS_INLINE __m128 reduce_four(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const auto halves = [](__m256 x) SATTN_INLINE_LAMBDA {
+    return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  };
+  const auto pairs = [](__m128 x, __m128 y) SATTN_INLINE_LAMBDA {
+    return _mm_add_ps(_mm_blend_ps(x, y, 0b1100), _mm_shuffle_ps(x, y, 0x4E));
+  };
+  const __m128 ac = pairs(halves(a), halves(c));
+  const __m128 bd = pairs(halves(b), halves(d));
+  return _mm_add_ps(_mm_blend_ps(ac, bd, 0b1010),
+                    _mm_permute_ps(_mm_blend_ps(ac, bd, 0b0101), 0xB1));
+}
+
+SATTN_ALWAYS_INLINE __m256 reduce_eight(const vec<arch::avx2>* rows) {
+  const auto halves = [](__m256 x, __m256 y) SATTN_INLINE_LAMBDA {
+    return _mm256_add_ps(_mm256_blend_ps(x, y, 0xF0), _mm256_permute2f128_ps(x, y, 0x21));
+  };
+  const auto pairs = [](__m256 x, __m256 y) SATTN_INLINE_LAMBDA {
+    return _mm256_add_ps(_mm256_blend_ps(x, y, 0xCC), _mm256_shuffle_ps(x, y, 0x4E));
+  };
+  const __m256 even = pairs(halves(rows[0].reg, rows[4].reg), halves(rows[2].reg, rows[6].reg));
+  const __m256 odd = pairs(halves(rows[1].reg, rows[5].reg), halves(rows[3].reg, rows[7].reg));
+  return _mm256_add_ps(_mm256_blend_ps(even, odd, 0xAA),
+                       _mm256_permute_ps(_mm256_blend_ps(even, odd, 0x55), 0xB1));
+}
+
+}  // namespace detail
+
 template <int N>
 SATTN_ALWAYS_INLINE void reduce_each(const vec<arch::avx2> (&rows)[N], float* sums) {
-  // Four rows become one register of half sums each; the halves of two such registers change places.
-  __m256 quad[(N + 3) / 4];
-  unroll<(N + 3) / 4>([&](auto i) SATTN_INLINE_LAMBDA {
-    constexpr auto row = [](int r) { return r < N ? r : N - 1; };
-    quad[i] = _mm256_hadd_ps(
-        _mm256_hadd_ps(rows[row(4 * i)].reg, rows[row(4 * i + 1)].reg),
-        _mm256_hadd_ps(rows[row(4 * i + 2)].reg, rows[row(4 * i + 3)].reg));
-  });
   unroll<N / 8>([&](auto i) SATTN_INLINE_LAMBDA {
-    const __m256 low = quad[2 * i];
-    const __m256 high = quad[2 * i + 1];
-    const __m256 halves = _mm256_permute2f128_ps(low, high, 0x21);
-    _mm256_store_ps(sums + 8 * i, _mm256_add_ps(_mm256_blend_ps(low, high, 0xF0), halves));
+    _mm256_storeu_ps(sums + 8 * i, detail::reduce_eight(rows + 8 * i));
   });
-  unroll<(N + 3) / 4 - N / 8 * 2>([&](auto i) SATTN_INLINE_LAMBDA {
-    const __m256 last = quad[N / 8 * 2 + i];
-    alignas(16) float four[4];
-    _mm_store_ps(four, _mm_add_ps(_mm256_castps256_ps128(last), _mm256_extractf128_ps(last, 1)));
+  constexpr auto row = [](int r) { return r < N ? r : N - 1; };
+  unroll<(N % 8 + 3) / 4>([&](auto i) SATTN_INLINE_LAMBDA {
     constexpr int first = N / 8 * 8 + 4 * i;
-    for (int j = 0; j < (N - first < 4 ? N - first : 4); ++j) sums[first + j] = four[j];
+    const __m128 four = detail::reduce_four(rows[first].reg, rows[row(first + 1)].reg,
+                                            rows[row(first + 2)].reg, rows[row(first + 3)].reg);
+    if constexpr (first + 4 <= N) {
+      _mm_storeu_ps(sums + first, four);
+    } else {
+      alignas(16) float lane[4];
+      _mm_store_ps(lane, four);
+      for (int j = 0; first + j < N; ++j) sums[first + j] = lane[j];
+    }
   });
 }
 #endif
+
+/// Lane i becomes the largest of the lanes i mod Stride, for every i.
+template <int Stride, class Arch>
+SATTN_ALWAYS_INLINE vec<Arch> max_of_residues(vec<Arch> a) {
+  using V = vec<Arch>;
+  constexpr int width = V::width;
+#if defined(__AVX2__) && defined(__FMA__)
+  if constexpr (std::is_same_v<Arch, arch::avx2>) {
+    __m256 m = a.reg;
+    if constexpr (Stride <= 4) m = _mm256_max_ps(m, _mm256_permute2f128_ps(m, m, 1));
+    if constexpr (Stride <= 2) m = _mm256_max_ps(m, _mm256_permute_ps(m, 0x4E));
+    if constexpr (Stride <= 1) m = _mm256_max_ps(m, _mm256_permute_ps(m, 0xB1));
+    return {m};
+  }
+#endif
+  alignas(64) float lane[width];
+  a.store_aligned(lane);
+  for (int i = Stride; i < width; ++i) {
+    lane[i % Stride] = lane[i] > lane[i % Stride] ? lane[i] : lane[i % Stride];
+  }
+  for (int i = Stride; i < width; ++i) lane[i] = lane[i % Stride];
+  return V::load_aligned(lane);
+}
 
 }  // namespace sattn::simd

@@ -72,7 +72,13 @@ struct vec {
     return of(a.as_batch() - b.as_batch());
   }
   friend SATTN_ALWAYS_INLINE vec operator*(vec a, vec b) {
-    return of(a.as_batch() * b.as_batch());
+    vec product = of(a.as_batch() * b.as_batch());
+#ifdef __FMA__
+    // Where an architecture without it is compiled with flags that allow it, compilers fuse products
+    // with what is added to them, here so and there otherwise.
+    if constexpr (std::is_same_v<Arch, arch::sse2>) __asm__("" : "+x"(product.reg));
+#endif
+    return product;
   }
   friend SATTN_ALWAYS_INLINE vec operator/(vec a, vec b) {
     return of(a.as_batch() / b.as_batch());
@@ -88,6 +94,7 @@ SATTN_ALWAYS_INLINE vec<Arch> fma(vec<Arch> a, vec<Arch> b, vec<Arch> c) {
     return {_mm512_fmadd_ps(a.reg, b.reg, c.reg)};
   }
 #endif
+  if constexpr (std::is_same_v<Arch, arch::sse2>) return a * b + c;
   return vec<Arch>::of(xsimd::fma(a.as_batch(), b.as_batch(), c.as_batch()));
 }
 
