@@ -4,10 +4,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <limits>
 #include <sattn/estimate/page_scores.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "support/compare.hpp"
 #include "support/errors.hpp"
 #include "support/problem.hpp"
 #include "support/stored.hpp"
@@ -18,9 +23,13 @@ using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 
 constexpr dtype summary_types[] = {dtype::f32, dtype::f16, dtype::i8};
+constexpr summary_kind summary_kinds[] = {summary_kind::bounds, summary_kind::mean};
 
-std::vector<page_summaries> summaries_of(const stored_view& k, token_t page_size, dtype type) {
-  std::vector<page_summaries> all(at(k.heads), page_summaries({k.dim, page_size, type}));
+std::string kind_name(summary_kind kind) { return kind == summary_kind::mean ? "means" : "bounds"; }
+
+std::vector<page_summaries> summaries_of(const stored_view& k, token_t page_size, dtype type,
+                                         summary_kind kind = summary_kind::bounds) {
+  std::vector<page_summaries> all(at(k.heads), page_summaries({k.dim, page_size, type, kind}));
   for (index_t h = 0; h < k.heads; ++h) all[at(h)].update(k, h);
   return all;
 }
@@ -36,6 +45,51 @@ double exact(const float* q, const float* k, index_t dim) {
   double sum = 0;
   for (index_t d = 0; d < dim; ++d) sum += double{q[d]} * double{k[d]};
   return sum;
+}
+
+// An element of a summary: row 0 is min or mean, row 1 max.
+double decoded(const page_summaries& s, index_t page, index_t row, index_t d) {
+  const index_t rows = s.options().kind == summary_kind::mean ? 1 : 2;
+  const index_t i = (d * rows + row) * page_summaries::tile_pages + page % 64;
+  const void* const tile = s.tile(page / 64);
+  if (s.options().type == dtype::f32) return double{static_cast<const float*>(tile)[i]};
+  if (s.options().type == dtype::f16) return double{to_float(static_cast<const f16*>(tile)[i])};
+  float scale = 0;
+  const auto* const bytes = static_cast<const char*>(tile);
+  std::memcpy(&scale, bytes + rows * 64 * s.options().head_dim + page % 64 * 4, 4);
+  return static_cast<const std::int8_t*>(tile)[i] * double{scale};
+}
+
+struct estimate {
+  double value;
+  double error;  // how far a correct result may be off
+};
+
+// The mean of keys [begin, end), as a summary of a type may have it. The sum of n keys has n - 1
+// roundings and the quotient one, each of at most 2^-24 of the sum of the magnitudes; f16 rounds to
+// 11 bits or to a multiple of 2^-24, int8 to a step, give or take the roundings of scale and
+// quotient.
+std::vector<estimate> reference_mean(const owned_tensor& k, index_t head, index_t begin,
+                                     index_t end, index_t dim, dtype type) {
+  std::vector<estimate> mean(at(dim), {0, 0});
+  const auto n = static_cast<double>(end - begin);
+  double top = 0;
+  for (index_t d = 0; d < dim; ++d) {
+    double sum = 0;
+    double magnitude = 0;
+    for (index_t t = begin; t < end; ++t) {
+      sum += double{k.row(t, head)[d]};
+      magnitude += std::abs(double{k.row(t, head)[d]});
+    }
+    mean[at(d)] = {sum / n, 1.01 * n * 0x1p-24 * magnitude / n + 0x1p-149};
+    top = std::max(top, std::abs(mean[at(d)].value) + mean[at(d)].error);
+  }
+  const double step = top / 127 + double{std::numeric_limits<float>::min()};
+  for (estimate& m : mean) {
+    if (type == dtype::f16) m.error += (std::abs(m.value) + m.error) * 0x1p-11 + 0x1p-25;
+    if (type == dtype::i8) m.error += step * (0.5 + 127 * 0x1p-22);
+  }
+  return mean;
 }
 
 // Whether products and sums of a set of kernels are fused; of sse2 that is for the compiler to say.
@@ -91,17 +145,6 @@ TEST(page_scores, bound_every_key_of_the_page) {
 // The decoded summaries themselves: exact bounds of every element, and close ones.
 TEST(page_summaries, are_rounded_outwards) {
   random_source random(17);
-  const auto decoded = [](const page_summaries& s, index_t which, index_t d) -> double {
-    const index_t i = (2 * d + which) * page_summaries::tile_pages;
-    const void* const tile = s.tile(0);
-    if (s.options().type == dtype::f32) return double{static_cast<const float*>(tile)[i]};
-    if (s.options().type == dtype::f16) {
-      return double{to_float(static_cast<const f16*>(tile)[i])};
-    }
-    float scale = 0;
-    std::memcpy(&scale, static_cast<const char*>(tile) + 2 * 64 * s.options().head_dim, 4);
-    return static_cast<const std::int8_t*>(tile)[i] * double{scale};
-  };
   int nearest_fails = 0;
   for (int round = 0; round < 3000; ++round) {
     const double size = std::pow(2.0, static_cast<double>(random.integer(-150, 125)));
@@ -113,19 +156,92 @@ TEST(page_summaries, are_rounded_outwards) {
       for (index_t d = 0; d < 2; ++d) {
         const float low = std::min({keys[at(d)], keys[at(2 + d)], keys[at(4 + d)]});
         const float high = std::max({keys[at(d)], keys[at(2 + d)], keys[at(4 + d)]});
-        ASSERT_LE(decoded(s, 0, d), double{low}) << name_of(type);
-        ASSERT_GE(decoded(s, 1, d), double{high}) << name_of(type);
+        ASSERT_LE(decoded(s, 0, 0, d), double{low}) << name_of(type);
+        ASSERT_GE(decoded(s, 0, 1, d), double{high}) << name_of(type);
         if (type == dtype::f16 && to_float(to_f16(high)) < high) ++nearest_fails;
         const double top = std::max(std::abs(double{low}), std::abs(double{high}));
         if ((type == dtype::f16 && top > 65000) || size < 1e-4) continue;
         const double step = type == dtype::f32 ? 0 : type == dtype::f16 ? top / 1024 + 1e-7
                                                                         : 10 * size / 126;
-        ASSERT_GE(decoded(s, 0, d), double{low} - step) << name_of(type);
-        ASSERT_LE(decoded(s, 1, d), double{high} + step) << name_of(type);
+        ASSERT_GE(decoded(s, 0, 0, d), double{low} - step) << name_of(type);
+        ASSERT_LE(decoded(s, 0, 1, d), double{high} + step) << name_of(type);
       }
     }
   }
   EXPECT_GT(nearest_fails, 100);  // rounding to the nearest would not do
+}
+
+// Of keys of any size, those below what f16 has among them.
+TEST(page_summaries, hold_means_rounded_to_the_nearest) {
+  const seed_trace trace;
+  random_source random;
+  constexpr index_t tokens = 2100;
+  for (const token_t page_size : {1, 3, 16, 64}) {
+    for (const index_t dim : {1, 24, 128}) {
+      owned_tensor k(tokens, 1, dim);
+      k.fill_normal(random);
+      for (index_t t = 0; t < tokens; ++t) {
+        const auto size = static_cast<float>(std::exp2(static_cast<double>(t / 200) * 3 - 24));
+        for (index_t d = 0; d < dim; ++d) k.row(t, 0)[d] *= size;
+      }
+      for (const dtype type : summary_types) {
+        SCOPED_TRACE(std::string(name_of(type)) + ", pages of " + std::to_string(page_size));
+        const auto means = summaries_of(k.view(), page_size, type, summary_kind::mean);
+        std::vector<float> errors;  // in units of what they may be, so that all sizes count alike
+        for (index_t page = 0; page < means[0].pages(); ++page) {
+          const index_t end = std::min<index_t>(tokens, (page + 1) * page_size);
+          const auto want = reference_mean(k, 0, page * page_size, end, dim, type);
+          for (index_t d = 0; d < dim; ++d) {
+            const double error = decoded(means[0], page, 0, d) - want[at(d)].value;
+            errors.push_back(static_cast<float>(error / want[at(d)].error));
+          }
+        }
+        EXPECT_TRUE(elements_within_bound("means", errors, std::vector<double>(errors.size(), 0),
+                                          std::vector<double>(errors.size(), 1)));
+      }
+    }
+  }
+}
+
+// Appended in pieces of any length, truncated, forked: the bits of summaries made anew.
+TEST(page_summaries, are_the_same_bits_however_the_keys_came) {
+  const seed_trace trace;
+  random_source random;
+  owned_tensor keys(600, 1, 7);
+  keys.fill_normal(random);
+  const auto bytes_of = [](const page_summaries& s) {
+    std::vector<std::byte> all;
+    for (index_t i = 0; i < s.tiles(); ++i) {
+      const auto* const tile = static_cast<const std::byte*>(s.tile(i));
+      all.insert(all.end(), tile, tile + s.bytes() / at(s.tiles()));
+    }
+    return all;
+  };
+  for (const summary_kind kind : summary_kinds) {
+    for (const dtype type : summary_types) {
+      for (const token_t page_size : {1, 3, 16}) {
+        SCOPED_TRACE(kind_name(kind) + " in " + name_of(type));
+        const page_summary_options options{7, page_size, type, kind};
+        page_summaries one(options), other(options);
+        for (int step = 0; step < 150; ++step) {
+          stored_view k = keys.view();
+          k.tokens = random.integer(0, 3) == 0
+                         ? random.integer(0, 601)
+                         : std::clamp<index_t>(one.tokens() + random.integer(-2, 4), 0, 600);
+          k.tokens < one.tokens() ? one.truncate(k, 0) : one.update(k, 0);
+          for (const page_summaries* s : {&one, &other}) {
+            page_summaries anew(options);
+            k.tokens = s->tokens();
+            anew.update(k, 0);
+            ASSERT_EQ(s->pages(), ceil_div(k.tokens, page_size));
+            ASSERT_EQ(bytes_of(*s), bytes_of(anew)) << k.tokens << " tokens";
+          }
+          if (random.integer(0, 4) == 0) other = one;
+          if (random.integer(0, 4) == 0) std::swap(one, other);
+        }
+      }
+    }
+  }
 }
 
 // A bound of a page is at least that of every page within it.
@@ -146,53 +262,98 @@ TEST(page_scores, of_larger_pages_are_larger) {
   }
 }
 
-// Sums, means and maxima over heads and rows, by brute force over the summaries' own keys.
+// Pages of one key of which nothing is rounded.
+TEST(page_scores, of_means_of_single_keys_are_their_scores) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  attention_problem p(random, {1, 130, 1, 1, 40, 8});
+  const auto means = summaries_of(p.k.view(), 1, dtype::f32, summary_kind::mean);
+  for (context& ctx : contexts) {
+    if (!fuses(ctx)) continue;
+    const score_tensor scores = page_scores(ctx, p.q.view(), means);
+    for (index_t t = 0; t < 130; ++t) {
+      ASSERT_EQ(scores.values[at(t)], chain(p.q.row(0, 0), p.k.row(t, 0), 40)) << "key " << t;
+    }
+  }
+}
+
+// What one query row makes of a page's keys, summed over d in any order; `roundings` of it, each of
+// at most 2^-24 of the magnitudes.
+estimate reference_score(summary_kind kind, const float* q, const owned_tensor& k, index_t kv_head,
+                         index_t begin, index_t end, index_t dim, dtype type, double roundings) {
+  const std::vector<estimate> mean = reference_mean(k, kv_head, begin, end, dim, type);
+  estimate score{0, 0};
+  double magnitude = 0;
+  for (index_t d = 0; d < dim; ++d) {
+    const double x{q[d]};
+    double best = -std::numeric_limits<double>::infinity();
+    double largest = 0;
+    for (index_t t = begin; t < end; ++t) {
+      best = std::max(best, x * double{k.row(t, kv_head)[d]});
+      largest = std::max(largest, std::abs(double{k.row(t, kv_head)[d]}));
+    }
+    const estimate& m = mean[at(d)];
+    const bool is_mean = kind == summary_kind::mean;
+    score.value += is_mean ? x * m.value : best;
+    score.error += is_mean ? std::abs(x) * m.error : 0;
+    magnitude += std::abs(x) * (is_mean ? std::abs(m.value) + m.error : largest);
+  }
+  score.error += 1.01 * roundings * 0x1p-24 * magnitude;
+  return score;
+}
+
+// Sums, means and maxima over heads and rows, by brute force over the keys. Bounds in f16 and int8
+// are looser by an amount of which only the direction is known; they are tested above.
 TEST(page_scores, reduce_heads_and_rows) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  attention_problem p(random, {3, 333, 6, 2, 20, 8});
-  const token_t page_size = 5;
-  const auto summaries = summaries_of(p.k.view(), page_size, dtype::f32);
-  const auto bound = [&](index_t head, index_t row, index_t page) {
-    const index_t kv_head = head / 3;
-    double sum = 0;
-    for (index_t d = 0; d < 20; ++d) {
-      double best = -1e300;
-      for (index_t t = page * 5; t < std::min<index_t>(333, page * 5 + 5); ++t) {
-        best = std::max(best, double{p.q.row(row, head)[d]} * double{p.k.row(t, kv_head)[d]});
-      }
-      sum += best;
-    }
-    return sum;
-  };
-  for (context& ctx : contexts) {
-    for (const head_reduce heads :
-         {head_reduce::none, head_reduce::sum, head_reduce::mean, head_reduce::max}) {
-      for (const row_reduce rows : {row_reduce::none, row_reduce::sum}) {
-        if (heads == head_reduce::max && rows == row_reduce::sum) continue;
-        const score_tensor scores = page_scores(ctx, p.q.view(), summaries, heads, rows);
-        ASSERT_EQ(scores.sets, heads == head_reduce::none ? 6 : 2);
-        ASSERT_EQ(scores.rows, rows == row_reduce::none ? 3 : 1);
-        ASSERT_EQ(scores.cols, 67);
-        for (index_t set = 0; set < scores.sets; ++set) {
-          for (index_t row = 0; row < scores.rows; ++row) {
-            for (index_t page = 0; page < 67; ++page) {
-              double want = heads == head_reduce::max ? -1e300 : 0;
-              const index_t set_heads = heads == head_reduce::none ? 1 : 3;
-              for (index_t h = set * set_heads; h < (set + 1) * set_heads; ++h) {
-                const index_t end = rows == row_reduce::none ? row + 1 : 3;
-                for (index_t r = row; r < end; ++r) {
-                  const double b = bound(h, r, page);
-                  want = heads == head_reduce::max ? std::max(want, b) : want + b;
-                }
-              }
-              if (heads == head_reduce::mean) want /= 3;
-              ASSERT_NEAR(scores.row(set, row)[at(page)], want, 1e-4);
+  constexpr index_t dim = 20;
+  attention_problem p(random, {3, 333, 6, 2, dim, 8});
+  const auto expect = [&](summary_kind kind, dtype type, head_reduce heads, row_reduce rows) {
+    SCOPED_TRACE(kind_name(kind) + " in " + name_of(type));
+    const auto summaries = summaries_of(p.k.view(), 5, type, kind);
+    const index_t set_heads = heads == head_reduce::none ? 1 : 3;
+    const index_t set_rows = rows == row_reduce::none ? 1 : 3;
+    // Two products and the scale for each d, the sum over heads and rows, the share of a mean.
+    const auto roundings = static_cast<double>(2 * dim + set_heads * set_rows + 3);
+    std::vector<double> want, bound;
+    for (index_t set = 0; set < 6 / set_heads; ++set) {
+      for (index_t row = 0; row < 3 / set_rows; ++row) {
+        for (index_t page = 0; page < 67; ++page) {
+          estimate joined{heads == head_reduce::max ? -1e300 : 0, 0};
+          for (index_t h = set * set_heads; h < (set + 1) * set_heads; ++h) {
+            for (index_t r = row * set_rows; r < (row + 1) * set_rows; ++r) {
+              const estimate one =
+                  reference_score(kind, p.q.row(r, h), p.k, h / 3, page * 5,
+                                  std::min<index_t>(333, page * 5 + 5), dim, type, roundings);
+              joined = heads == head_reduce::max
+                           ? estimate{std::max(joined.value, one.value),
+                                      std::max(joined.error, one.error)}
+                           : estimate{joined.value + one.value, joined.error + one.error};
             }
           }
+          const double share = heads == head_reduce::mean ? 1.0 / 3 : 1.0;
+          want.push_back(share * joined.value);
+          bound.push_back(share * joined.error);
         }
       }
+    }
+    for (context& ctx : contexts) {
+      const score_tensor scores = page_scores(ctx, p.q.view(), summaries, heads, rows);
+      ASSERT_EQ(scores.sets, 6 / set_heads);
+      ASSERT_EQ(scores.rows, 3 / set_rows);
+      ASSERT_EQ(scores.cols, 67);
+      EXPECT_TRUE(elements_within_bound("scores", scores.values, want, bound)) << name_of(ctx);
+    }
+  };
+  for (const head_reduce heads :
+       {head_reduce::none, head_reduce::sum, head_reduce::mean, head_reduce::max}) {
+    for (const row_reduce rows : {row_reduce::none, row_reduce::sum}) {
+      if (heads == head_reduce::max && rows == row_reduce::sum) continue;
+      expect(summary_kind::bounds, dtype::f32, heads, rows);
+      for (const dtype type : summary_types) expect(summary_kind::mean, type, heads, rows);
     }
   }
 }
@@ -200,22 +361,25 @@ TEST(page_scores, reduce_heads_and_rows) {
 TEST(page_scores, heads_of_different_lengths_and_thread_counts) {
   random_source random(8);
   attention_problem p(random, {1, 3000, 4, 2, 16, 8});
-  std::vector<page_summaries> summaries(2, page_summaries({16, 4, dtype::f16}));
-  stored_view k = p.k.view();
-  summaries[0].update(k, 0);
-  k.tokens = 41;
-  summaries[1].update(k, 1);
   serial_executor serial;
   thread_pool pool(3);
-  for (const kernel_table* table : kernel_tables()) {
-    context one(serial, *table);
-    context three(pool, *table);
-    const score_tensor want = page_scores(one, p.q.view(), summaries);
-    EXPECT_TRUE(bit_equal(page_scores(three, p.q.view(), summaries).values, want.values));
-    EXPECT_EQ(want.cols, 750);
-    EXPECT_TRUE(std::isfinite(want.row(0, 0)[749]));
-    EXPECT_TRUE(std::isfinite(want.row(1, 0)[10]));
-    for (index_t i = 11; i < 750; ++i) ASSERT_EQ(want.row(1, 0)[at(i)], -infinity);
+  for (const summary_kind kind : summary_kinds) {
+    SCOPED_TRACE(kind_name(kind));
+    std::vector<page_summaries> summaries(2, page_summaries({16, 4, dtype::f16, kind}));
+    stored_view k = p.k.view();
+    summaries[0].update(k, 0);
+    k.tokens = 41;
+    summaries[1].update(k, 1);
+    for (const kernel_table* table : kernel_tables()) {
+      context one(serial, *table);
+      context three(pool, *table);
+      const score_tensor want = page_scores(one, p.q.view(), summaries);
+      EXPECT_TRUE(bit_equal(page_scores(three, p.q.view(), summaries).values, want.values));
+      EXPECT_EQ(want.cols, 750);
+      EXPECT_TRUE(std::isfinite(want.row(0, 0)[749]));
+      EXPECT_TRUE(std::isfinite(want.row(1, 0)[10]));
+      for (index_t i = 11; i < 750; ++i) ASSERT_EQ(want.row(1, 0)[at(i)], -infinity);
+    }
   }
 }
 
@@ -228,9 +392,17 @@ TEST(page_scores, say_what_does_not_fit) {
   EXPECT_NE(error_of([&] { page_scores(ctx, p.q.view(), {}); }), "");
   EXPECT_NE(error_of([&] { page_scores(ctx, p.q.view(), other); }), "");
   EXPECT_NE(error_of([&] { page_scores(ctx, p.q.view().head_slice(0, 3), good); }), "");
+  const auto means = summaries_of(p.k.view(), 4, dtype::f32, summary_kind::mean);
+  EXPECT_NE(error_of([&] {
+              page_scores(ctx, p.q.view(), std::vector<page_summaries>{good[0], means[1]});
+            }).find("means"),
+            std::string::npos);
   EXPECT_NE(error_of([&] { page_summaries({0, 4, dtype::f32}); }), "");
   EXPECT_NE(error_of([&] { page_summaries({4, 0, dtype::f32}); }), "");
-  EXPECT_NE(error_of<unsupported>([&] { page_summaries({4, 4, dtype::q8_0}); }), "");
+  for (const summary_kind kind : summary_kinds) {
+    EXPECT_NE(error_of<unsupported>([&] { page_summaries({4, 4, dtype::q8_0, kind}); }), "");
+    EXPECT_NE(error_of<unsupported>([&] { page_summaries({4, 4, dtype::bf16, kind}); }), "");
+  }
   page_summaries s({16, 4, dtype::f32});
   EXPECT_NE(error_of([&] { s.update(p.k.view(), 2); }), "");
   EXPECT_NE(error_of([&] { s.update(p.v.view(), 0); }), "");

@@ -38,12 +38,15 @@ struct cache_state {
         rows.push_back(read_row(c.view(h).k, 0, t));
         rows.push_back(read_row(c.view(h).v, 0, t));
       }
-      const page_summaries& s = c.summaries()[at(h)];
-      numbers.push_back(s.tokens());
-      for (index_t i = 0; i < s.tiles(); ++i) {
-        const auto* const first = static_cast<const std::byte*>(s.tile(i));
-        summaries.insert(summaries.end(), first, first + s.bytes() / at(s.tiles()));
-      }
+      add(c.summaries()[at(h)]);
+      add(c.means()[at(h)]);
+    }
+  }
+  void add(const page_summaries& s) {
+    numbers.push_back(s.tokens());
+    for (index_t i = 0; i < s.tiles(); ++i) {
+      const auto* const first = static_cast<const std::byte*>(s.tile(i));
+      summaries.insert(summaries.end(), first, first + s.bytes() / at(s.tiles()));
     }
   }
   bool operator==(const cache_state&) const = default;
@@ -56,8 +59,12 @@ void expect_strong_guarantee(const char* name, const std::function<void(cache_ty
   SCOPED_TRACE(name);
   bool succeeded = false;
   for (std::size_t n = 0; !succeeded && n < 1000; ++n) {
-    cache_type cache({.kv_heads = 2, .head_dim = 3, .page_size = 2, .capacity = 400,
-                      .summaries = dtype::i8});
+    cache_type cache({.kv_heads = 2,
+                      .head_dim = 3,
+                      .page_size = 2,
+                      .capacity = 400,
+                      .summaries = dtype::i8,
+                      .means = dtype::f16});
     std::optional<cache_type> fork;
     prepare(cache);
     fork = cache.fork();

@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <sattn/kv/paged_cache.hpp>
 #include <set>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -252,8 +254,8 @@ class cache_machine {
         ASSERT_EQ(read_row(view.k, 0, t), rows[at(t)].first) << "key " << t << " of head " << h;
         ASSERT_EQ(read_row(view.v, 0, t), rows[at(t)].second) << "value " << t << " of head " << h;
       }
-      if (options_.summaries) check_summaries(c.summaries()[at(h)], view.k);
     }
+    check_summaries(c);
     ASSERT_EQ(c.uniform(), uniform);
     if (!uniform) return;
     const sattn::kv_view all = c.view();
@@ -264,10 +266,25 @@ class cache_machine {
     }
   }
 
-  // The same bits as summaries made anew.
-  void check_summaries(const sattn::page_summaries& got, const sattn::stored_view& k) const {
-    sattn::page_summaries want({options_.head_dim, options_.page_size, *options_.summaries});
-    want.update(k, 0);
+  void check_summaries(const cache& c) const {
+    std::size_t bytes = 0;
+    const auto check_all = [&](std::span<const sattn::page_summaries> got,
+                               std::optional<sattn::dtype> type, sattn::summary_kind kind) {
+      ASSERT_EQ(got.size(), type ? at(options_.kv_heads) : 0);
+      for (index_t h = 0; h < std::ssize(got); ++h) {
+        sattn::page_summaries anew({options_.head_dim, options_.page_size, *type, kind});
+        anew.update(c.view(h).k, 0);
+        check_same(got[at(h)], anew);
+        bytes += anew.bytes();
+      }
+    };
+    check_all(c.summaries(), options_.summaries, sattn::summary_kind::bounds);
+    check_all(c.means(), options_.means, sattn::summary_kind::mean);
+    ASSERT_EQ(c.bytes().summaries, bytes);
+  }
+
+  static void check_same(const sattn::page_summaries& got, const sattn::page_summaries& want) {
+    ASSERT_EQ(got.options().kind, want.options().kind);
     ASSERT_EQ(got.tokens(), want.tokens());
     ASSERT_EQ(got.tiles(), want.tiles());
     ASSERT_EQ(got.bytes(), want.bytes());

@@ -8,6 +8,7 @@
 #include <sattn/attention/plan.hpp>
 #include <sattn/kv/paged_cache.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kv/cache_model.hpp"
@@ -36,16 +37,40 @@ void run_machine(const kv_cache_options& options, int steps) {
 
 // At least 100,000 random operations in all, against the model.
 TEST(paged_cache, does_what_the_model_does) {
-  run_machine<f16, bf16>({.kv_heads = 2, .head_dim = 3, .v_dim = 5, .page_size = 4,
-                          .capacity = 90, .summaries = dtype::f16}, 50'000);
+  run_machine<f16, bf16>({.kv_heads = 2,
+                          .head_dim = 3,
+                          .v_dim = 5,
+                          .page_size = 4,
+                          .capacity = 90,
+                          .summaries = dtype::f16,
+                          .means = dtype::f32},
+                         50'000);
 }
 TEST(paged_cache, does_what_the_model_does_with_scales) {
-  run_machine<std::int8_t, std::int8_t>({.kv_heads = 3, .head_dim = 6, .page_size = 3,
-                                         .capacity = 60, .summaries = dtype::i8}, 40'000);
+  run_machine<std::int8_t, std::int8_t>({.kv_heads = 3,
+                                         .head_dim = 6,
+                                         .page_size = 3,
+                                         .capacity = 60,
+                                         .summaries = dtype::i8,
+                                         .means = dtype::i8},
+                                        40'000);
 }
 TEST(paged_cache, does_what_the_model_does_in_single_tokens_and_blocks) {
-  run_machine<float, q8_0>({.kv_heads = 1, .head_dim = 1, .v_dim = 32, .page_size = 1,
-                            .capacity = 130, .summaries = dtype::f32}, 20'000);
+  run_machine<float, q8_0>({.kv_heads = 1,
+                            .head_dim = 1,
+                            .v_dim = 32,
+                            .page_size = 1,
+                            .capacity = 130,
+                            .summaries = dtype::f32,
+                            .means = dtype::f16},
+                           20'000);
+}
+TEST(paged_cache, does_what_the_model_does_with_one_kind_of_summaries) {
+  kv_cache_options options{.kv_heads = 2, .head_dim = 2, .page_size = 2, .capacity = 70};
+  options.means = dtype::f16;
+  run_machine<float, float>(options, 5'000);
+  options.summaries = std::exchange(options.means, std::nullopt);
+  run_machine<float, float>(options, 5'000);
 }
 
 template <class K, class V>
@@ -152,6 +177,8 @@ TEST(paged_cache, says_what_does_not_fit) {
   EXPECT_NE(error_of<unsupported>([&] {
               cache_type cache({.head_dim = 32, .summaries = dtype::bf16});
             }), "");
+  EXPECT_NE(
+      error_of<unsupported>([&] { cache_type cache({.head_dim = 32, .means = dtype::q8_0}); }), "");
 
   cache_type cache({.kv_heads = 2, .head_dim = 32, .page_size = 4, .capacity = 8});
   owned_tensor k(3, 2, 32), v(3, 2, 32), wide(3, 2, 64), more(4, 2, 32), heads(3, 1, 32);
@@ -174,6 +201,7 @@ TEST(paged_cache, says_what_does_not_fit) {
   cache.append(k.view(), v.view());
   EXPECT_NE(error_of([&] { cache.view(2); }), "");
   EXPECT_TRUE(cache.summaries().empty());
+  EXPECT_TRUE(cache.means().empty());
   EXPECT_NE(error_of([&] { cache.truncate(4); }), "");
   EXPECT_NE(error_of([&] { cache.truncate(-1); }), "");
   const auto keep = [&](std::vector<std::vector<token_t>> lists) {

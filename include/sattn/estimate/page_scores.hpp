@@ -15,19 +15,21 @@ static_assert(page_summaries::tile_pages == tile_pages);
 /// Whether each query row has scores of its own or all rows of the call share the sum of theirs.
 enum class row_reduce { none, sum };
 
-/// Upper bounds of the scores q . k that a page's keys can have, not scaled, from the summaries of
-/// each kv head.
+/// What the scores q . k of a page's keys can be at most or are on average, not scaled, from the
+/// bounds or the means of each kv head.
 ///
 /// Shapes: q [q_len, q_heads, head_dim], one summary for each kv head; result [sets, rows, pages]:
 /// sets = q_heads or, where heads are reduced, kv_heads; rows = q_len or 1; pages of the longest
 /// head, -inf behind the last page of a shorter one. `scores` keeps its memory from call to call.
 /// A sum or mean of heads and rows takes one product for all of them, a maximum one for each head.
-/// Throws: shape_error if shapes do not fit.
+/// Throws: shape_error if shapes do not fit or summaries are of both kinds.
 /// Cost: bandwidth of the summaries; parallel over sets, rows and tiles of pages.
 /// Accuracy: f32. For one query the bound holds to the last bit where q . k is summed with fused
-/// products in the order of d; for sums it holds up to their roundings.
-/// Source: Quest (arXiv:2406.10774); the sum over heads is that of The Sparse Frontier
-/// (arXiv:2504.17768).
+/// products in the order of d; for sums it holds up to their roundings. A mean score has the
+/// roundings of the mean and of its product.
+///
+/// Source: Quest (arXiv:2406.10774) for bounds, MoBA (arXiv:2502.13189) for means; the sum over
+/// heads is that of The Sparse Frontier (arXiv:2504.17768).
 inline void page_scores_into(context& ctx, score_tensor& scores,
                              const tensor_view<const float>& q,
                              std::span<const page_summaries> summaries,
@@ -37,11 +39,13 @@ inline void page_scores_into(context& ctx, score_tensor& scores,
   const index_t kv_heads = std::ssize(summaries);
   require(kv_heads > 0 && q.heads > 0 && q.heads % kv_heads == 0, "page_scores: ", q.heads,
           " q heads for summaries of ", kv_heads, " kv heads");
+  const summary_kind kind = summaries.front().options().kind;
   index_t tiles = 0;
   index_t pages = 0;
   for (const page_summaries& s : summaries) {
     require(s.options().head_dim == q.dim, "page_scores: q dim is ", q.dim, ", summaries have ",
             s.options().head_dim);
+    require(s.options().kind == kind, "page_scores: bounds of some heads and means of others");
     tiles = std::max(tiles, s.tiles());
     pages = std::max(pages, s.pages());
   }
@@ -58,7 +62,8 @@ inline void page_scores_into(context& ctx, score_tensor& scores,
   const float share = heads == head_reduce::mean ? 1.0f / static_cast<float>(group) : 1.0f;
   constexpr index_t tiles_per_task = 8;  // worth the sums before them
   const index_t tasks = ceil_div(tiles, tiles_per_task);
-  const index_t part_floats = round_up(2 * q.dim, 16);
+  const index_t parts_of_q = summary_rows(kind);
+  const index_t part_floats = round_up(parts_of_q * q.dim, 16);
   const index_t worker_floats = products * part_floats + tile_pages;
   float* const memory = reinterpret_cast<float*>(
       ctx.workspace(static_cast<std::size_t>(worker_floats * ctx.executor().concurrency()) *
@@ -69,12 +74,13 @@ inline void page_scores_into(context& ctx, score_tensor& scores,
     const index_t row = task / tasks % scores.rows;
     const index_t first_head = set * set_heads;
     const page_summaries& of_head = summaries[static_cast<std::size_t>(first_head / group)];
-    float* const parts = memory + worker * worker_floats;  // [products][2][head_dim]
-    float* const bounds = parts + products * part_floats;
+    // [products][negative, positive][head_dim] or [products][head_dim]
+    float* const parts = memory + worker * worker_floats;
+    float* const of_tile = parts + products * part_floats;
     std::fill_n(parts, products * part_floats, 0.0f);
     for (index_t h = 0; h < set_heads; ++h) {
-      float* const above = parts + (products == 1 ? 0 : h * part_floats);
-      float* const below = above + q.dim;
+      float* const below = parts + (products == 1 ? 0 : h * part_floats);
+      float* const above = below + (parts_of_q - 1) * q.dim;
       for (index_t r = row * list_rows; r < (row + 1) * list_rows; ++r) {
         const float* const x = q.row(r, first_head + h);
         for (index_t d = 0; d < q.dim; ++d) {
@@ -91,10 +97,11 @@ inline void page_scores_into(context& ctx, score_tensor& scores,
       float* const to = out.data() + first;
       for (index_t p = 0; p < products && known > 0; ++p) {
         const index_t next = p + 1 == products && t + 1 < of_head.tiles() ? t + 1 : t;
-        ctx.kernel_table().score_pages({of_head.tile(t), of_head.tile(next),
-                                        of_head.options().type, q.dim, parts + p * part_floats,
-                                        bounds});
-        for (index_t i = 0; i < known; ++i) to[i] = p == 0 ? bounds[i] : std::max(to[i], bounds[i]);
+        ctx.kernel_table().score_pages({of_head.tile(t), of_head.tile(next), of_head.options().type,
+                                        parts_of_q, q.dim, parts + p * part_floats, of_tile});
+        for (index_t i = 0; i < known; ++i) {
+          to[i] = p == 0 ? of_tile[i] : std::max(to[i], of_tile[i]);
+        }
       }
       std::fill(to + known, to + count, detail::not_legal);
     }

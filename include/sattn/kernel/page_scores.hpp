@@ -4,15 +4,16 @@
 #include <sattn/kernel/kernel_args.hpp>
 #include <sattn/kernel/stored_row.hpp>
 
-// Bounds of a query's scores from the smallest and largest keys of pages: a product of a matrix and
-// a vector, with pages in the lanes.
+// Scores of pages from their summaries, the smallest and largest values of their keys or the means:
+// a product of a matrix and a vector, with pages in the lanes.
 
 namespace sattn::kernel {
 
-/// scores[page] = sum over d of max(q[d] min[d], q[d] max[d]), where q comes as its positive and its
-/// negative part: for one query one of the two products is 0 in each step, so that the sum has the
-/// roundings of q . k in the same order and a bound stays one to the last bit.
-template <class Arch, class T>
+/// Of means, scores[page] = sum over d of q[d] mean[d]. Of bounds, the sum of max(q[d] min[d],
+/// q[d] max[d]), where q comes as its negative and its positive part: for one query one of the two
+/// products is 0 in each step, so that the sum has the roundings of q . k in the same order and a
+/// bound stays one to the last bit.
+template <class Arch, class T, int Rows>
 SATTN_NOINLINE void score_tile_of_pages(const page_scores_args& args) noexcept {
   using V = simd::vec<Arch>;
   constexpr index_t width = V::width;
@@ -22,26 +23,29 @@ SATTN_NOINLINE void score_tile_of_pages(const page_scores_args& args) noexcept {
   constexpr index_t distance = 1024 / static_cast<index_t>(sizeof(T));
   const T* const tile = static_cast<const T*>(args.tile);
   const T* const next = static_cast<const T*>(args.next_tile);
-  const float* const negative = args.q + args.head_dim;
-  const index_t elements = 2 * args.head_dim * tile_pages;
+  const index_t elements = Rows * args.head_dim * tile_pages;
   for (index_t first = 0; first < tile_pages; first += vecs * width) {
     V acc[vecs];
     simd::unroll<vecs>([&](auto i) SATTN_INLINE_LAMBDA { acc[i] = V::zero(); });
     SATTN_NO_UNROLL
     for (index_t d = 0; d < args.head_dim; ++d) {
-      const T* const low = tile + 2 * d * tile_pages + first;
-      const T* const high = low + tile_pages;
+      const index_t at = Rows * d * tile_pages;
       if (first == 0) {
-        const index_t ahead = 2 * d * tile_pages + distance;
+        const index_t ahead = at + distance;
         const T* const from = ahead < elements ? tile + ahead : next + (ahead - elements);
-        simd::unroll<static_cast<int>(2 * tile_pages / line)>(
+        simd::unroll<static_cast<int>(Rows * tile_pages / line)>(
             [&](auto i) SATTN_INLINE_LAMBDA { simd::prefetch(from + i * line); });
       }
-      const V below = V::broadcast(negative[d]);
-      const V above = V::broadcast(args.q[d]);
+      V q[Rows];
+      simd::unroll<Rows>([&](auto row) SATTN_INLINE_LAMBDA {
+        q[row] = V::broadcast(args.q[row * args.head_dim + d]);
+      });
+      const T* const values = tile + at + first;
       simd::unroll<vecs>([&](auto i) SATTN_INLINE_LAMBDA {
-        acc[i] = simd::fma(below, simd::load_as_float<Arch>(low + i * width), acc[i]);
-        acc[i] = simd::fma(above, simd::load_as_float<Arch>(high + i * width), acc[i]);
+        simd::unroll<Rows>([&](auto row) SATTN_INLINE_LAMBDA {
+          const T* const from = values + row * tile_pages + i * width;
+          acc[i] = simd::fma(q[row], simd::load_as_float<Arch>(from), acc[i]);
+        });
         __asm__ volatile("" ::: "memory");  // clang 14 loads further ahead than it has registers
       });
     }
@@ -56,13 +60,16 @@ SATTN_NOINLINE void score_tile_of_pages(const page_scores_args& args) noexcept {
   }
 }
 
-/// The bounds of the 64 pages of a tile.
+/// The scores of the 64 pages of a tile.
 template <class Arch>
 SATTN_NOINLINE void score_pages(const page_scores_args& args) noexcept {
+  const auto of = [&]<class T>(const T*) {
+    args.rows == 2 ? score_tile_of_pages<Arch, T, 2>(args) : score_tile_of_pages<Arch, T, 1>(args);
+  };
   switch (args.type) {
-    case dtype::f16: return score_tile_of_pages<Arch, f16>(args);
-    case dtype::i8: return score_tile_of_pages<Arch, std::int8_t>(args);
-    default: return score_tile_of_pages<Arch, float>(args);
+    case dtype::f16: return of(static_cast<const f16*>(nullptr));
+    case dtype::i8: return of(static_cast<const std::int8_t*>(nullptr));
+    default: return of(static_cast<const float*>(nullptr));
   }
 }
 

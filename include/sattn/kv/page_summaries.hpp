@@ -37,29 +37,42 @@ inline f16 f16_above(float x) {
 
 }  // namespace detail
 
+/// What is kept of a page's keys: the smallest and the largest value of each dimension, or the mean.
+enum class summary_kind { bounds, mean };
+
+/// Values of each dimension in a summary.
+constexpr index_t summary_rows(summary_kind kind) { return kind == summary_kind::bounds ? 2 : 1; }
+
 struct page_summary_options {
   index_t head_dim = 0;
   token_t page_size = 16;   // tokens that a summary covers
   dtype type = dtype::f16;  // f32, f16 or i8
+  summary_kind kind = summary_kind::bounds;
 };
 
-/// For every page of the keys of one kv head the smallest and the largest value of each dimension,
-/// from which a query bounds its scores of the page (estimate/page_scores.hpp). f16 and int8 are
-/// rounded outwards, so that a bound stays one; int8 has one f32 scale a page.
+/// Summaries of every page of the keys of one kv head, from which a query bounds its scores of the
+/// page or estimates their mean (estimate/page_scores.hpp).
+///
+/// Bounds in f16 and int8 are rounded outwards, so that a bound stays one. A mean is the sum of the
+/// keys in the order of their positions, in f32, divided by their number, then rounded to the
+/// nearest of the type; before that it is off by at most page_size * 2^-24 of the mean magnitude.
+/// int8 has one f32 scale a page.
 ///
 /// Follows a cache: update() takes in what was appended, truncate() forgets, a copy is a fork and
 /// shares what is full. The summary of some keys is the same bits however they came. Every member
-/// gives the strong guarantee. Summaries are of the keys as they are stored, not as they were before
-/// rounding. A page with a key that is not finite has a score that means nothing.
-/// Source: Quest (arXiv:2406.10774).
+/// gives the strong guarantee. Summaries are of the keys as they are stored, not as they were
+/// before rounding. A page with a key or a sum that is not finite has a score that means nothing.
+///
+/// Source: Quest (arXiv:2406.10774) for bounds, MoBA (arXiv:2502.13189) for means.
 class page_summaries {
  public:
   static constexpr index_t tile_pages = 64;
 
   /// Throws: shape_error unless head_dim and page_size are positive; unsupported for other types.
   explicit page_summaries(const page_summary_options& options)
-      : options_(options), tail_(2 * static_cast<std::size_t>(std::max<index_t>(options.head_dim, 0))),
-        row_(tail_.size() / 2) {
+      : options_(options),
+        row_(index(std::max<index_t>(options.head_dim, 0))),
+        tail_(row_.size() * index(rows())) {
     require(options.head_dim > 0 && options.page_size > 0, "page_summaries: head_dim ",
             options.head_dim, ", page_size ", options.page_size);
     require<unsupported>(options.type == dtype::f32 || options.type == dtype::f16 ||
@@ -73,8 +86,8 @@ class page_summaries {
   index_t pages() const { return ceil_div(tokens_, options_.page_size); }
   index_t tiles() const { return ceil_div(pages(), tile_pages); }
 
-  /// Pages [64 i, 64 (i + 1)): [head_dim][min, max][64 pages] of the type, of int8 followed by
-  /// [64] f32 scales. Pages that do not exist are 0.
+  /// Pages [64 i, 64 (i + 1)): [head_dim][min, max][64 pages] or [head_dim][64 pages] means of the
+  /// type, of int8 followed by [64] f32 scales. Pages that do not exist are 0.
   const void* tile(index_t i) const { return data(i); }
   /// Memory of the tiles, those that forks share included.
   std::size_t bytes() const { return index(tiles()) * tile_bytes(); }
@@ -85,11 +98,7 @@ class page_summaries {
     const index_t wanted = ceil_div(ceil_div(tokens, options_.page_size), tile_pages);
     tiles_.reserve(static_cast<std::size_t>(wanted));
     const index_t writable = pages_before() / tile_pages;  // the first tile to be written
-    if (writable < std::ssize(tiles_) && tokens > tokens_ && tiles_[index(writable)].use_count() > 1) {
-      std::shared_ptr<aligned_buffer> own = new_tile();
-      std::memcpy(own->bytes().data(), data(writable), tile_bytes());
-      tiles_[index(writable)] = std::move(own);
-    }
+    if (writable < std::ssize(tiles_) && tokens > tokens_) own_tile(writable);
     while (std::ssize(tiles_) < wanted) tiles_.push_back(new_tile());
   }
 
@@ -111,13 +120,15 @@ class page_summaries {
             k.tokens, ": update() takes in more");
     const index_t whole = k.tokens / options_.page_size;
     const index_t kept_tiles = ceil_div(ceil_div(k.tokens, options_.page_size), tile_pages);
-    // The page that is cut begins anew: a minimum has no inverse.
+    // The page that is cut begins anew: a minimum has no inverse, nor has a rounded sum.
     page_summaries cut(*this);
     cut.tokens_ = whole * options_.page_size;
     cut.tiles_.resize(index(ceil_div(whole, tile_pages)));
     cut.reserve(k.tokens);
-    if (kept_tiles > 0) cut.own_last_tile();
-    for (index_t page = whole; page < kept_tiles * tile_pages; ++page) cut.write_page(page, true);
+    if (whole < kept_tiles * tile_pages) {
+      cut.own_tile(kept_tiles - 1);
+      cut.zero_last_tile(whole % tile_pages);
+    }
     cut.take_in(k.rows(kv_head), k.tokens);
     std::swap(*this, cut);
   }
@@ -130,11 +141,14 @@ class page_summaries {
 
  private:
   static std::size_t index(index_t i) { return static_cast<std::size_t>(i); }
+  index_t rows() const { return summary_rows(options_.kind); }
   index_t pages_before() const { return tokens_ / options_.page_size; }  // that are full
   std::size_t tile_bytes() const {
-    const auto elements = index(options_.head_dim * 2 * tile_pages);
-    return options_.type == dtype::i8 ? elements + tile_pages * sizeof(float)
-                                      : elements * index(row_bytes(options_.type, 1));
+    return index(value_bytes()) + (options_.type == dtype::i8 ? tile_pages * sizeof(float) : 0);
+  }
+  /// Of a tile without its scales.
+  index_t value_bytes() const {
+    return row_bytes(options_.type, options_.head_dim * rows() * tile_pages);
   }
   std::byte* data(index_t i) const { return tiles_[index(i)]->bytes().data(); }
   std::shared_ptr<aligned_buffer> new_tile() const {
@@ -143,12 +157,12 @@ class page_summaries {
     std::memset(tile->bytes().data(), 0, tile_bytes());
     return tile;
   }
-  void own_last_tile() {
-    std::shared_ptr<aligned_buffer>& last = tiles_.back();
-    if (last.use_count() == 1) return;
+  void own_tile(index_t i) {
+    std::shared_ptr<aligned_buffer>& tile = tiles_[index(i)];
+    if (tile.use_count() == 1) return;
     std::shared_ptr<aligned_buffer> own = new_tile();
-    std::memcpy(own->bytes().data(), last->bytes().data(), tile_bytes());
-    last = std::move(own);
+    std::memcpy(own->bytes().data(), tile->bytes().data(), tile_bytes());
+    tile = std::move(own);
   }
 
   void check(const stored_view& k, index_t kv_head) const {
@@ -162,6 +176,8 @@ class page_summaries {
     const index_t dim = options_.head_dim;
     float* const low = tail_.data();
     float* const high = low + dim;
+    float* const sum = tail_.data();
+    const float* const x = row_.data();
     for (; tokens_ < end; ++tokens_) {
       const auto key = static_cast<token_t>(tokens_);
       const void* row = nullptr;
@@ -169,54 +185,83 @@ class page_summaries {
       rows.locate(&key, 1, &row);
       if (has_row_scale(rows.type)) rows.read_scales(&key, 1, &scale);
       load_row(rows.type, row, scale, dim, row_.data());
-      const bool first = tokens_ % options_.page_size == 0;
-      for (index_t d = 0; d < dim; ++d) {
-        const float x = row_[index(d)];
-        low[d] = first ? x : std::min(low[d], x);
-        high[d] = first ? x : std::max(high[d], x);
+      const index_t count = tokens_ % options_.page_size + 1;  // keys of the page so far
+      const bool first = count == 1;
+      if (options_.kind == summary_kind::mean) {
+        for (index_t d = 0; d < dim; ++d) sum[d] = first ? x[d] : sum[d] + x[d];
+      } else {
+        for (index_t d = 0; d < dim; ++d) {
+          low[d] = first ? x[d] : std::min(low[d], x[d]);
+          high[d] = first ? x[d] : std::max(high[d], x[d]);
+        }
       }
-      const bool last = tokens_ + 1 == end || (tokens_ + 1) % options_.page_size == 0;
-      if (last) write_page(tokens_ / options_.page_size);
+      const bool last = tokens_ + 1 == end || count == options_.page_size;
+      if (last) write_page(tokens_ / options_.page_size, count);
     }
   }
 
-  /// Puts the summary of the page at hand into its tile, or zeros.
-  void write_page(index_t page, bool clear = false) {
-    if (clear) std::fill(tail_.begin(), tail_.end(), 0.0f);
+  /// Puts the summary of the page at hand, of `count` keys, into its tile.
+  void write_page(index_t page, index_t count) {
     const index_t dim = options_.head_dim;
-    const float* const low = tail_.data();
-    const float* const high = low + dim;
+    const bool mean = options_.kind == summary_kind::mean;
+    if (mean) {
+      const auto keys = static_cast<float>(count);
+      for (index_t d = 0; d < dim; ++d) row_[index(d)] = tail_[index(d)] / keys;
+    }
+    const std::vector<float>& values = mean ? row_ : tail_;  // [rows()][head_dim]
     std::byte* const tile = data(page / tile_pages);
     const index_t lane = page % tile_pages;
-    const auto each = [&](auto* to, auto&& below, auto&& above) {
+    const auto put = [&](auto* to, index_t row, auto&& rounded) {
       for (index_t d = 0; d < dim; ++d) {
-        to[2 * d * tile_pages + lane] = below(low[d]);
-        to[(2 * d + 1) * tile_pages + lane] = above(high[d]);
+        to[(d * rows() + row) * tile_pages + lane] = rounded(values[index(row * dim + d)]);
       }
     };
+    const auto each = [&](auto* to, auto&& below, auto&& above, auto&& nearest) {
+      if (mean) return put(to, 0, nearest);
+      put(to, 0, below);
+      put(to, 1, above);
+    };
     const auto same = [](float x) { return x; };
-    if (options_.type == dtype::f32) return each(reinterpret_cast<float*>(tile), same, same);
+    if (options_.type == dtype::f32) return each(reinterpret_cast<float*>(tile), same, same, same);
     if (options_.type == dtype::f16) {
-      return each(reinterpret_cast<f16*>(tile), detail::f16_below, detail::f16_above);
+      return each(reinterpret_cast<f16*>(tile), detail::f16_below, detail::f16_above, to_f16);
     }
     float top = 0.0f;
-    for (index_t d = 0; d < dim; ++d) top = std::max({top, -low[d], high[d]});
-    const float scale = std::max(top / 126.0f, std::numeric_limits<float>::min());
+    for (const float x : values) top = std::max(top, std::abs(x));
+    // Outwards a value may move one step further.
+    const float scale = std::max(top / (mean ? 127.0f : 126.0f), std::numeric_limits<float>::min());
+    const auto nearest = [&](float x) {
+      return static_cast<std::int8_t>(std::clamp(std::lrint(x / scale), -127L, 127L));
+    };
     const auto above = [&](float x) {
       float q = std::ceil(x / scale);
       if (double{scale} * double{q} < double{x}) q += 1.0f;  // the quotient was rounded
       return static_cast<std::int8_t>(q >= -127.0f && q <= 127.0f ? q : 127.0f);
     };
     const auto below = [&](float x) { return static_cast<std::int8_t>(-above(-x)); };
-    each(reinterpret_cast<std::int8_t*>(tile), below, above);
-    reinterpret_cast<float*>(tile + 2 * dim * tile_pages)[lane] = clear ? 0.0f : scale;
+    each(reinterpret_cast<std::int8_t*>(tile), below, above, nearest);
+    scales(tile)[lane] = scale;
   }
+
+  /// Zeros the pages of the last tile from one on.
+  void zero_last_tile(index_t first_lane) {
+    std::byte* const tile = data(std::ssize(tiles_) - 1);
+    const index_t line = row_bytes(options_.type, tile_pages);
+    const index_t kept = row_bytes(options_.type, first_lane);
+    for (index_t at = 0; at < value_bytes(); at += line) {
+      std::memset(tile + at + kept, 0, index(line - kept));
+    }
+    if (options_.type == dtype::i8) {
+      std::fill_n(scales(tile) + first_lane, tile_pages - first_lane, 0.0f);
+    }
+  }
+  float* scales(std::byte* tile) const { return reinterpret_cast<float*>(tile + value_bytes()); }
 
   page_summary_options options_;
   index_t tokens_ = 0;
   std::vector<std::shared_ptr<aligned_buffer>> tiles_;
-  std::vector<float> tail_;  // of the last page: [min, max][head_dim]
-  std::vector<float> row_;   // a key
+  std::vector<float> row_;   // a key, or a mean
+  std::vector<float> tail_;  // of the last page: [min, max][head_dim] or its sum [head_dim]
 };
 
 }  // namespace sattn

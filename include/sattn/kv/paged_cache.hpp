@@ -29,7 +29,9 @@ struct kv_cache_options {
   index_t v_dim = 0;       // of values; 0 = head_dim
   token_t page_size = 16;  // tokens of a page
   index_t capacity = 0;    // tokens of one sequence, or of all together if they fill their pages
-  std::optional<dtype> summaries = std::nullopt;  // keep page_summaries: f32, f16 or i8
+  // Which page_summaries to keep, in f32, f16 or i8.
+  std::optional<dtype> summaries = std::nullopt;  // bounds
+  std::optional<dtype> means = std::nullopt;
 };
 
 /// What a cache takes and has, in bytes. Pages that sequences share count once in `used`.
@@ -38,7 +40,7 @@ struct kv_cache_bytes {
   std::size_t used;      // of pages that some sequence holds
   std::size_t held;      // of pages that this sequence holds
   std::size_t tables;    // of this sequence
-  std::size_t summaries;  // of this sequence; forks share most of them
+  std::size_t summaries;  // of this sequence, bounds and means; forks share most of them
 };
 
 /// The keys and values of one sequence in pages, stored as K and V: float, f16, bf16, std::int8_t
@@ -58,9 +60,10 @@ class paged_kv_cache {
   /// An empty sequence and a store of pages of its own, for `capacity` tokens of all heads.
   /// Throws: shape_error for extents that make no cache; std::bad_alloc.
   explicit paged_kv_cache(const kv_cache_options& options)
-      : shape_(options), store_(make_store()), tables_(options.kv_heads, options.page_size) {
-    if (options.summaries) summaries_ = empty_summaries();
-  }
+      : shape_(options),
+        store_(make_store()),
+        tables_(options.kv_heads, options.page_size),
+        summaries_(empty_summaries()) {}
 
   paged_kv_cache(paged_kv_cache&&) noexcept = default;
   paged_kv_cache& operator=(paged_kv_cache&& other) noexcept {
@@ -78,7 +81,7 @@ class paged_kv_cache {
   /// An empty sequence on the same store.
   paged_kv_cache new_sequence() const {
     return paged_kv_cache(shape_, store_, page_tables(shape_.kv_heads, shape_.page_size),
-                          shape_.summaries ? empty_summaries() : std::vector<page_summaries>());
+                          empty_summaries());
   }
 
   /// The same tokens once more, in the same pages: prefixes, beams, drafts.
@@ -100,9 +103,7 @@ class paged_kv_cache {
     check_rows(k, v);
     reserve_pages(tables_.pages_to_append(*store_, k.tokens));
     tables_.grow(k.tokens);
-    for (std::size_t h = 0; h < summaries_.size(); ++h) {
-      summaries_[h].reserve(summaries_[h].tokens() + k.tokens);
-    }
+    for (page_summaries& s : summaries_) s.reserve(s.tokens() + k.tokens);
     for (index_t h = 0; h < shape_.kv_heads; ++h) {
       const index_t first = tables_.tokens(h);
       tables_.append(*store_, h, k.tokens, [&](std::int32_t to, std::int32_t from) {
@@ -125,11 +126,10 @@ class paged_kv_cache {
   void truncate(index_t tokens) {
     tables_.check_truncate(tokens);
     std::vector<page_summaries> cut(summaries_);
-    for (std::size_t h = 0; h < cut.size(); ++h) {
-      const auto head = static_cast<index_t>(h);
-      stored_view k = view(head).k;
+    for (std::size_t i = 0; i < cut.size(); ++i) {
+      stored_view k = view(head_of_summary(i)).k;
       k.tokens -= this->tokens() - tokens;
-      cut[h].truncate(k, 0);
+      cut[i].truncate(k, 0);
     }
     tables_.truncate(*store_, tokens);
     summaries_.swap(cut);
@@ -143,9 +143,10 @@ class paged_kv_cache {
   void evict(std::span<const std::vector<token_t>> keep) {
     tables_.check_keep(keep);
     reserve_pages(tables_.pages_to_keep(*store_, keep));
-    std::vector<page_summaries> kept;
-    if (shape_.summaries) kept = empty_summaries();
-    for (std::size_t h = 0; h < kept.size(); ++h) kept[h].reserve(std::ssize(keep[h]));
+    std::vector<page_summaries> kept = empty_summaries();
+    for (std::size_t i = 0; i < kept.size(); ++i) {
+      kept[i].reserve(std::ssize(keep[static_cast<std::size_t>(head_of_summary(i))]));
+    }
     tables_.keep(*store_, keep, [&](const page_slot& to, const page_slot& from) {
       std::memmove(k_row(to), k_row(from), static_cast<std::size_t>(layout().k_row));
       std::memmove(v_row(to), v_row(from), static_cast<std::size_t>(layout().v_row));
@@ -174,7 +175,13 @@ class paged_kv_cache {
   }
   /// The bounds of the pages of each head, of its keys as they are stored; empty if the options asked
   /// for none.
-  std::span<const page_summaries> summaries() const { return summaries_; }
+  std::span<const page_summaries> summaries() const {
+    return std::span(summaries_).first(bounds_count());
+  }
+  /// Their means, likewise.
+  std::span<const page_summaries> means() const {
+    return std::span(summaries_).subspan(bounds_count());
+  }
 
   /// All heads, for attend(). Throws: shape_error where heads differ in length.
   kv_view view() const {
@@ -276,10 +283,20 @@ class paged_kv_cache {
   }
 
   std::vector<page_summaries> empty_summaries() const {
-    return std::vector<page_summaries>(
-        static_cast<std::size_t>(shape_.kv_heads),
-        page_summaries({shape_.head_dim, shape_.page_size, *shape_.summaries}));
+    std::vector<page_summaries> all;
+    const auto add = [&](std::optional<dtype> type, summary_kind kind) {
+      if (!type) return;
+      all.insert(all.end(), static_cast<std::size_t>(shape_.kv_heads),
+                 page_summaries({shape_.head_dim, shape_.page_size, *type, kind}));
+    };
+    add(shape_.summaries, summary_kind::bounds);
+    add(shape_.means, summary_kind::mean);
+    return all;
   }
+  std::size_t bounds_count() const {
+    return shape_.summaries ? static_cast<std::size_t>(shape_.kv_heads) : 0;
+  }
+  index_t head_of_summary(std::size_t i) const { return static_cast<index_t>(i) % shape_.kv_heads; }
   std::size_t summary_bytes() const {
     std::size_t total = 0;
     for (const page_summaries& s : summaries_) total += s.bytes();
@@ -287,26 +304,26 @@ class paged_kv_cache {
   }
   /// Of the keys that are new; room for them was reserved.
   void update_summaries() {
-    for (std::size_t h = 0; h < summaries_.size(); ++h) {
-      summaries_[h].update(view(static_cast<index_t>(h)).k, 0);
+    for (std::size_t i = 0; i < summaries_.size(); ++i) {
+      summaries_[i].update(view(head_of_summary(i)).k, 0);
     }
   }
 
   kv_view view_of_heads(index_t begin, index_t end) const {
     const page_layout l = layout();
-    const auto part = [&](dtype type, index_t dim, index_t row, index_t at, index_t scales) {
-      stored_view page;
-      page.data = store_->data() + at;
-      page.type = type;
-      page.tokens = shape_.page_size;
-      page.heads = 1;
-      page.dim = dim;
-      page.token_stride = row;
+    const auto part = [&](dtype type, index_t width, index_t row, index_t at, index_t scales) {
+      stored_view first;  // the first page of the store
+      first.data = store_->data() + at;
+      first.type = type;
+      first.tokens = shape_.page_size;
+      first.heads = 1;
+      first.dim = width;
+      first.token_stride = row;
       if (has_row_scale(type)) {
-        page.scales = {reinterpret_cast<const float*>(store_->data() + scales), 1, 0, 0};
+        first.scales = {reinterpret_cast<const float*>(store_->data() + scales), 1, 0, 0};
       }
       const index_t floats = l.bytes / index_t{sizeof(float)};
-      return paged_by_head({page, store_->pages(), l.bytes, floats}, tables_.entries(begin),
+      return paged_by_head({first, store_->pages(), l.bytes, floats}, tables_.entries(begin),
                            tables_.stride(), end - begin, tables_.tokens(begin));
     };
     return {part(dtype_of<K>, shape_.head_dim, l.k_row, 0, l.k_scales),
@@ -316,7 +333,7 @@ class paged_kv_cache {
   kv_cache_options shape_;
   std::shared_ptr<page_store> store_;
   page_tables tables_;
-  std::vector<page_summaries> summaries_;  // of each kv head, or none
+  std::vector<page_summaries> summaries_;  // bounds of each kv head, then means, if any
   float no_scale_ = 0.0f;  // what rows without a scale write to
 };
 
