@@ -251,7 +251,8 @@ void run_quest(benchmark::State& state, const setting& s, dtype summary_type, in
   state.counters["score_us"] = bench::median(scoring) * 1e6;
   state.counters["select_us"] = bench::median(selecting) * 1e6;
   state.counters["plan_us"] = bench::median(planning) * 1e6;
-  state.counters["score_bandwidth_fraction"] = bytes / bench::median(scoring) / bench::median(t.read_rate);
+  state.counters["score_bandwidth_fraction"] =
+      bytes / bench::median(scoring) / bench::median(t.read_rate);
 }
 
 /// One more token in a cache that keeps summaries, against a decoding step over it.
