@@ -45,6 +45,7 @@ EXPECTED = [
     "pv_tile<avx2, 6",
     "pv_tile<avx2, 5",
     "softmax_chunk<avx2",
+    "chunk_probabilities<avx2",
     "softmax_rows<avx2, 4",
     "softmax_rows<avx2, 1",
     "adjust_rows<avx2",

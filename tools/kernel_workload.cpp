@@ -66,6 +66,7 @@ struct test_case {
   index_t dim;
   sattn::any_pattern pattern;
   sattn::dtype kv_type = sattn::dtype::f32;
+  bool mass = false;
 };
 
 // Lengths that are multiples of nothing, so that the kernels' remainders are counted too.
@@ -86,6 +87,7 @@ std::vector<test_case> all_cases() {
       {"decode_g4_d128", decode_g4, 128, sattn::dense{}},
       {"block64_f16_d128", prefill, 128, third_blocks(n), f16},
       {"decode_g4_f16_d128", decode_g4, 128, sattn::dense{}, f16},
+      {"mass_d128", prefill, 128, slashes(n), sattn::dtype::f32, true},
   };
 }
 
@@ -94,7 +96,7 @@ struct call {
   const sattn::attention_plan& plan;
   sattn::tensor_view<const float> q;
   sattn::kv_view kv;
-  sattn::tensor_view<float> out;
+  sattn::attention_output output;
 };
 
 }  // namespace
@@ -102,7 +104,7 @@ struct call {
 /// The function between whose entry and return callgrind counts.
 extern "C" [[gnu::noipa]] void counted_attend(const void* argument) {
   const call& c = *static_cast<const call*>(argument);
-  sattn::attend(c.ctx, c.plan, c.q, c.kv, {c.out});
+  sattn::attend(c.ctx, c.plan, c.q, c.kv, c.output);
 }
 
 namespace {
@@ -130,13 +132,19 @@ void run(const test_case& test) {
   const cache k(s.kv_len * s.kv_heads * test.dim, 2);
   const cache v(s.kv_len * s.kv_heads * test.dim, 3);
   std::vector<float> out(q.size());
+  std::vector<float> lse(static_cast<std::size_t>(s.q_len * s.q_heads));
+  std::vector<float> mass(static_cast<std::size_t>(s.kv_len * s.kv_heads));
+  sattn::attention_output output(sattn::nhd(out.data(), s.q_len, s.q_heads, test.dim));
+  if (test.mass) {
+    output.lse = sattn::nhd(lse.data(), s.q_len, s.q_heads, 1);
+    output.mass = sattn::nhd(mass.data(), s.kv_len, s.kv_heads, 1);
+  }
   sattn::serial_executor executor;
   sattn::context ctx(executor, sattn::kernels<sattn::arch::avx2>());
   const sattn::attention_plan plan =
       s.q_len == 1 ? plan_decode(ctx, s, test.pattern) : plan_prefill(ctx, s, test.pattern);
   const call c{ctx, plan, sattn::nhd(q.data(), s.q_len, s.q_heads, test.dim),
-               sattn::kv(k.view(test), v.view(test)),
-               sattn::nhd(out.data(), s.q_len, s.q_heads, test.dim)};
+               sattn::kv(k.view(test), v.view(test)), output};
   counted_attend(&c);
 }
 

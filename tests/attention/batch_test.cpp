@@ -60,24 +60,27 @@ std::vector<attention_result> run_batch(context& ctx, const std::vector<member>&
                                         const attention_options& options = {}) {
   std::vector<owned_tensor> outs;
   std::vector<owned_tensor> lses;
+  std::vector<owned_tensor> masses;
   for (const member& m : batch) {
     const attention_shape& s = m.problem.shape;
     outs.emplace_back(s.q_len, s.q_heads, m.problem.v_dim, memory_layout::hnd_padded);
     lses.emplace_back(s.q_len, s.q_heads, 1, memory_layout::nhd_padded);
+    masses.emplace_back(s.kv_len, s.q_heads, 1, memory_layout::hnd_padded);
   }
   std::vector<attention_sequence> sequences;
   for (std::size_t i = 0; i < batch.size(); ++i) {
     sequences.push_back({&batch[i].plan,
                          batch[i].problem.q.view(),
                          batch[i].problem.kv(),
-                         {outs[i].view(), lses[i].view()}});
+                         {outs[i].view(), lses[i].view(), masses[i].view()}});
   }
   attend(ctx, sequences, options);
   std::vector<attention_result> results;
   for (std::size_t i = 0; i < batch.size(); ++i) {
     EXPECT_TRUE(outs[i].padding_is_untouched());
     EXPECT_TRUE(lses[i].padding_is_untouched());
-    results.push_back({outs[i].packed(), lses[i].packed()});
+    EXPECT_TRUE(masses[i].padding_is_untouched());
+    results.push_back({outs[i].packed(), lses[i].packed(), masses[i].packed()});
   }
   return results;
 }
@@ -173,18 +176,22 @@ attention_result run_piece(context& ctx, const attention_problem& p, const any_p
                               static_cast<token_t>(p.shape.q_offset + begin)};
   owned_tensor out(end - begin, p.shape.q_heads, p.v_dim);
   owned_tensor lse(end - begin, p.shape.q_heads, 1);
+  owned_tensor mass(keys, p.shape.q_heads, 1);
   attend(ctx, plan_prefill(ctx, shape, pattern, options), p.q.view().slice(begin, end),
-         {p.k.view().slice(0, keys), p.v.view().slice(0, keys)}, {out.view(), lse.view()});
-  return {out.packed(), lse.packed()};
+         {p.k.view().slice(0, keys), p.v.view().slice(0, keys)},
+         {out.view(), lse.view(), mass.view()});
+  return {out.packed(), lse.packed(), mass.packed()};
 }
 
 attention_result run_pieces(context& ctx, const attention_problem& p, const any_pattern& pattern,
                             const plan_options& options, const std::vector<index_t>& cuts) {
   attention_result all;
+  all.mass.resize(at(p.shape.kv_len * p.shape.q_heads));
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
     const attention_result piece = run_piece(ctx, p, pattern, options, cuts[i], cuts[i + 1]);
     all.out.insert(all.out.end(), piece.out.begin(), piece.out.end());
     all.lse.insert(all.lse.end(), piece.lse.begin(), piece.lse.end());
+    for (std::size_t k = 0; k < piece.mass.size(); ++k) all.mass[k] += piece.mass[k];
   }
   return all;
 }
@@ -206,10 +213,13 @@ TEST(chunked_prefill, has_the_bits_of_one_call_when_tiles_agree_and_is_within_bo
       const reference::result want = expected(p, mask_of(plan));
       for (context& ctx : contexts) {
         const attention_result whole = run(ctx, plan, p);
-        EXPECT_TRUE(bit_equal(run_pieces(ctx, p, pattern, options, {0, 16, 80, 160}), whole));
+        const attention_result even = run_pieces(ctx, p, pattern, options, {0, 16, 80, 160});
+        EXPECT_TRUE(test_support::bit_equal(even.out, whole.out));
+        EXPECT_TRUE(test_support::bit_equal(even.lse, whole.lse));
         const attention_result uneven =
             run_pieces(ctx, p, pattern, options, {0, 1, 18, 18, 85, 159, 160});
         EXPECT_TRUE(within_bound(uneven.out, uneven.lse, want));
+        EXPECT_TRUE(elements_within_bound("mass", uneven.mass, want.mass, want.mass_bound));
       }
     }
   }

@@ -47,6 +47,7 @@ struct call {
     for (auto* view : {&other.kv.k, &other.kv.v}) view->data = floats(*view) + 2048;
     other.output.out.data += 2048;
     other.output.lse.data += 2048;
+    other.output.mass.data += 2048;
     options.sink_logits = sinks;
   }
   call(const call&) = delete;
@@ -59,7 +60,7 @@ struct call {
     return {&plan,
             nhd<const float>(x, 6, 4, 8),
             kv(nhd(x + 256, 10, 2, 8), nhd(x + 512, 10, 2, 6)),
-            {nhd(x + 1024, 6, 4, 6), nhd(x + 1536, 6, 4, 1)}};
+            {nhd(x + 1024, 6, 4, 6), nhd(x + 1536, 6, 4, 1), nhd(x + 1664, 10, 2, 1)}};
   }
 };
 
@@ -91,6 +92,16 @@ const std::vector<error_case>& shape_errors() {
       {"lse dim",
        [](call& c) { c.s.output.lse = nhd(c.s.output.lse.data, 6, 4, 2); },
        {"lse dim", "2", "1"}},
+      {"mass tokens", [](call& c) { c.s.output.mass.tokens = 9; }, {"mass tokens", "9", "10"}},
+      {"mass heads", [](call& c) { c.s.output.mass.heads = 1; }, {"mass heads", "1", "2", "4"}},
+      {"mass dim",
+       [](call& c) { c.s.output.mass = nhd(c.s.output.mass.data, 10, 2, 2); },
+       {"mass dim", "2", "1"}},
+      {"null mass", [](call& c) { c.s.output.mass.data = nullptr; }, {"mass", "null", "10"}},
+      {"mass without lse", [](call& c) { c.s.output.lse = {}; }, {"mass", "lse"}},
+      {"rows of mass overlap each other",
+       [](call& c) { c.s.output.mass.token_stride = 0; },
+       {"mass", "0"}},
       {"head_dim 0", [](call& c) { c.s.q.dim = c.s.kv.k.dim = 0; }, {"head_dim 0", "positive"}},
       {"v_dim 0", [](call& c) { c.s.kv.v.dim = c.s.output.out.dim = 0; }, {"v_dim 0", "positive"}},
       {"negative extent", [](call& c) { c.s.q.tokens = -6; }, {"q", "-6"}},
@@ -160,6 +171,18 @@ const std::vector<error_case>& shape_errors() {
       {"lse over v",
        [](call& c) { c.s.output.lse.data = floats(c.s.kv.v); },
        {"lse", "overlaps", "v"}},
+      {"mass over k",
+       [](call& c) { c.s.output.mass.data = floats(c.s.kv.k); },
+       {"mass", "overlaps", "k"}},
+      {"mass over the last float of out",
+       [](call& c) { c.s.output.mass.data = c.s.output.out.data + 143; },
+       {"mass", "overlaps", "out"}},
+      {"mass over lse",
+       [](call& c) { c.s.output.mass.data = c.s.output.lse.data + 23; },
+       {"mass", "overlaps", "lse"}},
+      {"lse over another sequence's mass",
+       [](call& c) { c.s.output.lse.data = c.sequences[1].output.mass.data; },
+       {"lse", "overlaps", "another"}},
       {"out over another sequence's out",
        [](call& c) { c.s.output.out = c.sequences[1].output.out; },
        {"out", "overlaps", "another"}},

@@ -6,10 +6,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
+#include <set>
 #include <span>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "support/errors.hpp"
@@ -46,6 +49,36 @@ positions legal_positions(std::span<const float> scores) {
     if (scores[i] != illegal) legal.push_back(static_cast<token_t>(i));
   }
   return legal;
+}
+
+// Far apart, close to each other, all alike but for a few bits, and one far from all others.
+TEST(nth_largest, is_the_nth_of_the_sorted_numbers) {
+  const seed_trace trace;
+  random_source random;
+  const auto some_bits = [&](int bits) {
+    const auto word = [&] { return static_cast<std::uint64_t>(random.integer(0, 1 << 16)); };
+    const std::uint64_t all = word() << 48 | word() << 32 | word() << 16 | word();
+    return all >> (64 - bits);
+  };
+  for (const int bits : {12, 20, 33, 64}) {
+    for (const std::size_t size : {1u, 2u, 127u, 128u, 129u, 1000u, 2001u}) {
+      std::set<std::uint64_t> different;
+      if (size % 2 == 1) different.insert(std::numeric_limits<std::uint64_t>::max());
+      while (different.size() < size) different.insert(some_bits(bits));
+      const std::vector<std::uint64_t> ascending(different.begin(), different.end());
+      const index_t count = std::ssize(ascending);
+      for (const index_t n : {index_t{1}, index_t{2}, count / 2, count - 1, count}) {
+        if (n < 1 || n > count) continue;
+        std::vector<std::uint64_t> numbers = ascending;
+        for (std::size_t i = numbers.size(); i-- > 1;) {
+          std::swap(numbers[i], numbers[static_cast<std::size_t>(random.integer(0, std::ssize(numbers)))]);
+        }
+        EXPECT_EQ(sattn::detail::nth_largest(numbers, n),
+                  ascending[static_cast<std::size_t>(count - n)])
+            << bits << " bits, " << n << " of " << count;
+      }
+    }
+  }
 }
 
 /// What choose() promises, by sorting: protected units, then the best of the others. Exact where

@@ -34,16 +34,18 @@ struct prepared {
   attention_plan plan;
   owned_tensor out;
   owned_tensor lse;
+  owned_tensor mass;
 
   prepared(std::string what, attention_problem p, attention_plan made)
       : name(std::move(what)),
         problem(std::move(p)),
         plan(std::move(made)),
         out(problem.shape.q_len, problem.shape.q_heads, problem.v_dim),
-        lse(problem.shape.q_len, problem.shape.q_heads, 1) {}
+        lse(problem.shape.q_len, problem.shape.q_heads, 1),
+        mass(problem.shape.kv_len, problem.shape.kv_heads, 1) {}
 
   attention_sequence sequence() {
-    return {&plan, problem.q.view(), problem.kv(), {out.view(), lse.view()}};
+    return {&plan, problem.q.view(), problem.kv(), {out.view(), lse.view(), mass.view()}};
   }
 };
 

@@ -45,6 +45,14 @@
 //           + gamma(N(keys)) + u (4 + 4 |log Z| + 2 |max| + |lse|)
 //                 their sum; log, the way back from base 2, and the last addition
 //
+// Mass, a sum of p_j = w_j / Z over rows, whether divided or taken as exp(s_j - log Z):
+//   E_j = e_j + lse_bound + u (4 |log p_j| + 2 |log Z + max| + 8)
+//                 the logit; the sum; the difference of the two, log2(e) and the product with it; the
+//                 way of the sink into log Z and of log Z into float
+//   mass_bound = sum_rows max(min(1, p_j exp(E_j)) - p_j, p_j (1 - exp(-E_j)))
+//                 a probability that exceeds 1 by its rounding counts as 1
+//       + gamma(rows + 6) sum_rows min(1, p_j exp(E_j)) + 4 rows FLT_MIN
+//
 // Double suffices for the oracle: its own error is 2^-29 of the bound, at any length.
 
 #include "reference/reference.hpp"
@@ -242,6 +250,28 @@ bounded mean_of(const softmax& s, const weight& sink, std::span<const double> v)
                    4 * float_min * (total + static_cast<double>(v.size()) + 1)};
 }
 
+void add_mass(const problem& p, std::ptrdiff_t q_head, std::span<const logit> logits,
+              const softmax& all, double lse_bound, result& r) {
+  const double log_sum = std::log(all.sum);
+  for (std::size_t j = 0; j < logits.size(); ++j) {
+    const double probability = all.weights[j].value / all.sum;
+    const double log_probability = logits[j].value - all.max - log_sum;
+    double most = probability;
+    double least = probability;
+    if (logits[j].value > -infinity) {
+      const double error =
+          all.weights[j].error + lse_bound +
+          unit_roundoff * (4 * std::abs(log_probability) + 2 * std::abs(all.max + log_sum) + 8);
+      most = std::exp(std::min(0.0, log_probability + error));
+      least = probability * std::exp(-error);
+    }
+    const std::size_t at_key = at(logits[j].key * p.q_heads + q_head);
+    r.mass[at_key] += probability;
+    r.mass_bound[at_key] += std::max(most - probability, probability - least) +
+                            gamma(static_cast<double>(p.q_len) + 6) * most + 4 * float_min;
+  }
+}
+
 }  // namespace
 
 result attention(const problem& p) {
@@ -250,6 +280,8 @@ result attention(const problem& p) {
   r.lse_bound.resize(r.lse.size());
   r.out.resize(r.lse.size() * at(p.v_dim));
   r.out_bound.resize(r.out.size());
+  r.mass.resize(at(p.kv_len * p.q_heads));
+  r.mass_bound.resize(r.mass.size());
   for (std::ptrdiff_t row = 0; row < p.q_len; ++row) {
     for (std::ptrdiff_t head = 0; head < p.q_heads; ++head) {
       const std::vector<logit> logits = selected_logits(p, head, row);
@@ -262,6 +294,7 @@ result attention(const problem& p) {
 
       weight sink;
       const softmax all = with_sink(p, head, logits, keys, sink);
+      add_mass(p, head, logits, all, lse.bound, r);
       const std::ptrdiff_t kv_head = kv_head_of(p, head);
       std::vector<double> column(logits.size());
       for (std::ptrdiff_t i = 0; i < p.v_dim; ++i) {

@@ -49,6 +49,8 @@ struct result {
   std::vector<double> lse;  // [q_len, q_heads], natural log, without the sink; -inf without keys
   std::vector<double> out_bound;  // like out
   std::vector<double> lse_bound;  // like lse
+  std::vector<double> mass;       // [kv_len, q_heads]: each key's probability, summed over rows
+  std::vector<double> mass_bound;  // like mass
 };
 
 /// A selected key with a logit of -inf has weight 0; a row of only such keys counts as a row

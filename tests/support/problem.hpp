@@ -211,6 +211,7 @@ inline problem_extents random_extents(random_source& random) {
 struct attention_result {
   std::vector<float> out;  // [q_len, q_heads, v_dim]
   std::vector<float> lse;  // [q_len, q_heads]
+  std::vector<float> mass;  // [kv_len, q_heads]
 
   std::span<const float> rows(const attention_problem& p, index_t begin, index_t end) const {
     const index_t row = p.shape.q_heads * p.v_dim;
@@ -221,7 +222,9 @@ struct attention_result {
 inline ::testing::AssertionResult bit_equal(const attention_result& a, const attention_result& b) {
   ::testing::AssertionResult out = bit_equal(a.out, b.out);
   if (!out) return out << " (out)";
-  return bit_equal(a.lse, b.lse);
+  ::testing::AssertionResult lse = bit_equal(a.lse, b.lse);
+  if (!lse) return lse << " (lse)";
+  return bit_equal(a.mass, b.mass) << " (mass)";
 }
 
 inline attention_result run(sattn::context& ctx, const sattn::attention_plan& plan,
@@ -229,10 +232,12 @@ inline attention_result run(sattn::context& ctx, const sattn::attention_plan& pl
                             memory_layout layout = memory_layout::nhd_padded, index_t shift = 0) {
   owned_tensor out(p.shape.q_len, p.shape.q_heads, p.v_dim, layout, shift);
   owned_tensor lse(p.shape.q_len, p.shape.q_heads, 1, layout, shift);
-  sattn::attend(ctx, plan, p.q.view(), p.kv(), {out.view(), lse.view()}, p.options());
+  owned_tensor mass(p.shape.kv_len, p.shape.q_heads, 1, layout, shift);
+  sattn::attend(ctx, plan, p.q.view(), p.kv(), {out.view(), lse.view(), mass.view()}, p.options());
   EXPECT_TRUE(out.padding_is_untouched());
   EXPECT_TRUE(lse.padding_is_untouched());
-  return {out.packed(), lse.packed()};
+  EXPECT_TRUE(mass.padding_is_untouched());
+  return {out.packed(), lse.packed(), mass.packed()};
 }
 
 /// Sets of kernels compiled in that this CPU runs.
@@ -303,6 +308,9 @@ inline reference::result expected(const attention_problem& p, mask_function sele
     std::fill_n(r.out.begin() + pair * p.v_dim, p.v_dim, 0.0);
     std::fill_n(r.out_bound.begin() + pair * p.v_dim, p.v_dim, 0.0);
   }
+  for (index_t i = 0; i < std::ssize(r.mass) && !sinks.empty(); ++i) {
+    if (p.sink_logits[at(i % p.shape.q_heads)] == infinity) r.mass[at(i)] = r.mass_bound[at(i)] = 0;
+  }
   return r;
 }
 
@@ -327,8 +335,11 @@ inline ::testing::AssertionResult within_bound(all_contexts& contexts,
                                                const reference::result& want) {
   for (sattn::context& ctx : contexts) {
     const attention_result got = run(ctx, plan, p);
-    ::testing::AssertionResult result = within_bound(got.out, got.lse, want);
-    if (!result) return result << " (" << name_of(ctx) << ")";
+    for (::testing::AssertionResult result :
+         {within_bound(got.out, got.lse, want),
+          elements_within_bound("mass", got.mass, want.mass, want.mass_bound)}) {
+      if (!result) return result << " (" << name_of(ctx) << ")";
+    }
   }
   return ::testing::AssertionSuccess();
 }

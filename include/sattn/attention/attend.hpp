@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sattn/attention/checks.hpp>
+#include <sattn/attention/column_mass.hpp>
 #include <sattn/attention/run_rows.hpp>
 #include <sattn/attention/run_tiles.hpp>
 #include <sattn/exec/context.hpp>
@@ -25,6 +26,7 @@ struct sequence_work {
   bool by_rows;
   kv_packing packing;
   index_t merge_tasks = 0;
+  index_t mass_tasks = 0;
   std::size_t shared_bytes = 0;   // for all workers
   std::size_t scratch_bytes = 0;  // for each worker
 
@@ -38,6 +40,11 @@ struct sequence_work {
       scratch_bytes = row_scratch_bytes(s, work);
     } else {
       scratch_bytes = tile_work(s).scratch_bytes();
+    }
+    if (s.output.mass.data != nullptr) {
+      const mass_work work(s);
+      mass_tasks = work.tasks(s);
+      scratch_bytes = std::max(scratch_bytes, work.scratch_bytes());
     }
   }
 };
@@ -97,9 +104,10 @@ class wave_walk {
   index_t kv_head_ = 0;
 };
 
-/// Where the results of a sequence's splits begin.
+/// Where the later tasks of a sequence and the results of its splits begin.
 struct sequence_start {
   index_t merge_task;
+  index_t mass_task;
   std::size_t shared_byte;
 };
 
@@ -165,18 +173,20 @@ inline std::size_t workspace_bytes(const context& ctx, const attention_plan& pla
 /// Attention of every query row to the keys that its plan names, for several sequences at once.
 ///
 /// Shapes, per sequence: q [q_len, q_heads, head_dim]; k [kv_len, kv_heads, head_dim];
-/// v [kv_len, kv_heads, v_dim]; out [q_len, q_heads, v_dim]; lse [q_len, q_heads, 1] or none. f32,
-/// k and v also f16 or bf16, each its own; any strides, head_dim and v_dim from 1 to 1024. Sequences
-/// differ as they like.
+/// v [kv_len, kv_heads, v_dim]; out [q_len, q_heads, v_dim]; lse [q_len, q_heads, 1] or none; mass
+/// [kv_len, q_heads or kv_heads, 1] or none, which takes an lse. f32, k and v of any dtype, each its
+/// own; any strides, head_dim and v_dim from 1 to 1024. Sequences differ as they like.
 /// Order: scale, soft cap, mask; then the sink logit joins the sum of the softmax.
 /// Requires: no output overlaps another tensor.
 /// Throws: shape_error where extents, plan, memory or options do not fit; unsupported above the
 /// largest head_dim. Nothing is written when it throws.
 /// Cost: 2 (head_dim + v_dim) flops per executed pair (plan.stats()), parallel over (sequence,
-/// head, tile or split), and copies of K and V where they pay (options.pack_bytes). Allocates only
-/// to grow the context's workspace.
+/// head, tile or split), and copies of K and V where they pay (options.pack_bytes). Mass takes the
+/// scores a second time, 16 rows of a tile, or rows and heads, at once. Allocates only to grow the
+/// context's workspace.
 /// Accuracy: f32, online softmax. A row without keys gives 0 and lse = -inf; lse is the natural
-/// log, without the sink. Keys that no row of a tile attends to take no part in it: they are read,
+/// log, without the sink. Mass counts the sink as attend does: without sinks the keys' sums add up
+/// to the rows that have keys. Keys that no row of a tile attends to take no part in it: they are read,
 /// if at all, to be copied (options.pack_bytes). A NaN or infinity in a key reaches the rows of the
 /// tiles that execute it; rows with lists of their own run in tiles of 16. The bits do not depend on
 /// the number of threads or on pack_bytes.
@@ -197,12 +207,18 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
   std::byte* const scratch = packed + layout.packed_bytes;
   const kernel_table& kernels = ctx.kernel_table();
 
-  starts[0] = {0, 0};
+  starts[0] = {0, 0, 0};
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const detail::sequence_work work(sequences[i], kernels, options);
     starts[i + 1] = {starts[i].merge_task + work.merge_tasks,
+                     starts[i].mass_task + work.mass_tasks,
                      starts[i].shared_byte + work.shared_bytes};
   }
+
+  const auto scratch_of = [&](index_t worker) {
+    return detail::scratch_arena({scratch + static_cast<std::size_t>(worker) * layout.scratch_bytes,
+                                  layout.scratch_bytes});
+  };
 
   detail::wave_walk waves(sequences, kernels, options);
   for (;;) {
@@ -239,9 +255,7 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
       const auto i = static_cast<std::size_t>(part.sequence);
       const attention_sequence& s = sequences[i];
       const detail::logit_options logits(options, s.q.dim);
-      const detail::scratch_arena arena(
-          {scratch + static_cast<std::size_t>(worker) * layout.scratch_bytes,
-           layout.scratch_bytes});
+      const detail::scratch_arena arena = scratch_of(worker);
       const auto rows_of = [&](index_t kv_head) {
         return part.packing.rows(s.kv, kv_head, head_memory(part, kv_head));
       };
@@ -263,6 +277,14 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
     detail::merge_rows(s, detail::row_work(s), detail::logit_options(options, s.q.dim), kernels,
                        task - start.merge_task,
                        reinterpret_cast<const float*>(shared + start.shared_byte));
+  });
+
+  ctx.executor().parallel_for(starts[sequences.size()].mass_task, [&](index_t task,
+                                                                      index_t worker) {
+    const auto& start = detail::holder_of(task, all, &detail::sequence_start::mass_task);
+    const attention_sequence& s = sequences[static_cast<std::size_t>(&start - starts)];
+    detail::run_column_mass(s, detail::mass_work(s), detail::logit_options(options, s.q.dim),
+                            kernels, task - start.mass_task, scratch_of(worker));
   });
 }
 

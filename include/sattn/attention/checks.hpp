@@ -22,13 +22,17 @@ struct attention_options {
   std::size_t pack_bytes = std::size_t{256} << 20;
 };
 
-/// Where results go: rows, and optionally the natural log of each row's sum of exponentials.
+/// Where results go: rows, and optionally the natural log of each row's sum of exponentials and,
+/// beside it, the mass of each key: the probabilities that all query rows give it, summed, of one
+/// query head or of all that share a kv head.
 struct attention_output {
-  tensor_view<float> out;  // [q_len, q_heads, v_dim]
-  tensor_view<float> lse;  // [q_len, q_heads, 1] or empty
+  tensor_view<float> out;   // [q_len, q_heads, v_dim]
+  tensor_view<float> lse;   // [q_len, q_heads, 1] or empty
+  tensor_view<float> mass;  // [kv_len, q_heads or kv_heads, 1] or empty
 
-  attention_output(tensor_view<float> rows, tensor_view<float> log_sum_exp = {})
-      : out(rows), lse(log_sum_exp) {}
+  attention_output(tensor_view<float> rows, tensor_view<float> log_sum_exp = {},
+                   tensor_view<float> column_mass = {})
+      : out(rows), lse(log_sum_exp), mass(column_mass) {}
 };
 
 /// One sequence of a batch.
@@ -84,6 +88,16 @@ inline void check_sequence(const attention_sequence& s, const attention_options&
     check_same("lse heads", s.output.lse.heads, "q heads", s.q.heads);
     check_same("lse dim", s.output.lse.dim, "one value a row", 1);
   }
+  if (s.output.mass.data != nullptr || !s.output.mass.empty()) {
+    check_writable("mass", s.output.mass);
+    check_same("mass tokens", s.output.mass.tokens, "k tokens", s.kv.k.tokens);
+    require(s.output.mass.heads == s.q.heads || s.output.mass.heads == s.kv.k.heads,
+            "attend: mass heads is ", s.output.mass.heads, ", expected the q heads, ", s.q.heads,
+            ", or the k heads, ", s.kv.k.heads);
+    check_same("mass dim", s.output.mass.dim, "one value a key", 1);
+    require(s.output.lse.data != nullptr || s.q.empty(),
+            "attend: mass without lse, which it is computed from");
+  }
   const float scale = options.scale.value_or(1.0f / std::sqrt(static_cast<float>(s.q.dim)));
   require(options.soft_cap == 0.0f || std::isfinite(scale / options.soft_cap), "attend: scale ",
           scale, " / soft_cap ", options.soft_cap, " is not finite");
@@ -100,15 +114,19 @@ inline void check_aliasing(std::span<const attention_sequence> sequences) {
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     const attention_output& o = sequences[i].output;
     check("out", o.out, "lse", o.lse);
+    check("mass", o.mass, "out", o.out);
+    check("mass", o.mass, "lse", o.lse);
     for (std::size_t j = 0; j < sequences.size(); ++j) {
       const attention_sequence& s = sequences[j];
-      for (const auto& [name, view] : {std::pair{"out", o.out}, std::pair{"lse", o.lse}}) {
+      for (const auto& [name, view] :
+           {std::pair{"out", o.out}, std::pair{"lse", o.lse}, std::pair{"mass", o.mass}}) {
         check(name, view, "q", s.q);
         check(name, view, "k", s.kv.k);
         check(name, view, "v", s.kv.v);
         if (i != j) {
           check(name, view, "the out of another sequence", s.output.out);
           check(name, view, "the lse of another sequence", s.output.lse);
+          check(name, view, "the mass of another sequence", s.output.mass);
         }
       }
     }

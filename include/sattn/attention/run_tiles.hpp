@@ -28,8 +28,10 @@ struct tile_work {
   std::size_t keys_bytes;
 
   explicit tile_work(const attention_sequence& s)
-      : head_dim(s.q.dim), v_dim(s.kv.v.dim), lanes(s.plan->layout()),
-        sharing(s.plan->sharing_heads()),
+      : tile_work(s, s.plan->layout(), s.kv.v.dim) {}
+  /// v_dim is 0 where scores are all that is wanted.
+  tile_work(const attention_sequence& s, const lane_layout& layout, index_t values)
+      : head_dim(s.q.dim), v_dim(values), lanes(layout), sharing(s.plan->sharing_heads()),
         blocks_per_tile(ceil_div(s.plan->grid().rows, sub_tile_rows)),
         lists_per_kv_head(sharing == 0 ? 0 : s.plan->shape().group_size() / sharing),
         tiles(s.plan->tiles()), keys_bytes(padded(sizeof(key_chunk)) + readable_rows::bytes(s, row_reader::tiles)) {

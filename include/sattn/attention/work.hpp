@@ -45,17 +45,20 @@ struct row_pointers {
   index_t count = 0;
 
   /// key_count > 0.
-  void locate(const token_t* keys, index_t key_count, const kv_rows& rows) {
+  void locate_k(const token_t* keys, index_t key_count, const row_source& rows) {
     count = key_count;
-    rows.k.locate(keys, count, k.data());
+    rows.locate(keys, count, k.data());
+    pad(k);
+    read_scales(rows, keys, k_scales);
+  }
+  /// As many as of K.
+  void locate_v(const token_t* keys, const kv_rows& rows) {
     if (rows.v_panel == 0) {
       rows.v.locate(keys, count, v.data());
     } else {
       for (index_t i = 0; i < count; ++i) v[static_cast<std::size_t>(i)] = rows.packed_v(keys[i]);
     }
-    pad(k);
     pad(v);
-    read_scales(rows.k, keys, k_scales);
     read_scales(rows.v, keys, v_scales);
   }
 
@@ -99,18 +102,23 @@ struct readable_rows : row_pointers {
   }
 
   /// key_count > 0.
+  void locate_k(const token_t* keys, index_t key_count, const row_source& rows, const kv_view& kv,
+                const kernel_table& kernels) {
+    row_pointers::locate_k(keys, key_count, rows);
+    k_type = rows.type;
+    if (!reads(reader, k_type)) {
+      widen(k_type, kv.k.dim, kernels, widened, k.data(), k_scales.data());
+      pad(k);
+    }
+  }
+  /// key_count > 0.
   void locate(const token_t* keys, index_t key_count, const kv_rows& rows, const kv_view& kv,
               const kernel_table& kernels) {
-    row_pointers::locate(keys, key_count, rows);
-    k_type = rows.k.type;
+    locate_k(keys, key_count, rows.k, kv, kernels);
+    locate_v(keys, rows);
     v_type = rows.v.type;
-    float* room = widened;
-    if (!reads(reader, k_type)) {
-      widen(k_type, kv.k.dim, kernels, room, k.data(), k_scales.data());
-      pad(k);
-      room += chunk_keys * kv.k.dim;
-    }
     if (!reads(reader, v_type)) {
+      float* const room = widened + (reads(reader, rows.k.type) ? 0 : chunk_keys * kv.k.dim);
       widen(v_type, kv.v.dim, kernels, room, v.data(), v_scales.data());
     }
   }

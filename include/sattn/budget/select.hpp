@@ -4,6 +4,7 @@
 #include <sattn/budget/budget.hpp>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <functional>
@@ -12,6 +13,42 @@
 #include <vector>
 
 namespace sattn {
+
+namespace detail {
+
+/// The nth largest, n from 1, of different numbers, whose order it changes. By radix: counts by the
+/// leading bits say among which few the number is, and the rest of the bits decide there. Leading
+/// bits are those in which the numbers differ, so that scores close to each other are told apart.
+inline std::uint64_t nth_largest(std::span<std::uint64_t> numbers, index_t n) {
+  constexpr int radix_bits = 10;
+  constexpr index_t few = 128;
+  std::array<std::uint32_t, 1 << radix_bits> counts;
+  auto [least, most] = std::minmax_element(numbers.begin(), numbers.end());
+  std::uint64_t low = *least;
+  std::uint64_t range = *most - low;
+  while (std::ssize(numbers) > few) {
+    const int shift = std::max(0, static_cast<int>(std::bit_width(range)) - radix_bits);
+    counts.fill(0);
+    for (const std::uint64_t x : numbers) ++counts[static_cast<std::size_t>((x - low) >> shift)];
+    std::size_t digit = counts.size() - 1;
+    for (; n > counts[digit]; --digit) n -= counts[digit];
+    // Stored always and kept where the digit fits: which ones fit cannot be foreseen.
+    std::size_t kept = 0;
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      const std::uint64_t x = numbers[i];
+      numbers[kept] = x;
+      kept += (x - low) >> shift == digit ? 1 : 0;
+    }
+    numbers = numbers.first(kept);
+    low += static_cast<std::uint64_t>(digit) << shift;
+    range = (std::uint64_t{1} << shift) - 1;
+  }
+  const auto nth = numbers.begin() + (n - 1);
+  std::nth_element(numbers.begin(), nth, numbers.end(), std::greater<>());
+  return *nth;
+}
+
+}  // namespace detail
 
 /// Chooses units by score, deterministically: higher scores first, lower positions first among
 /// equal ones. Keeps its scratch from call to call; one per thread.
@@ -89,9 +126,7 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   wanted = std::clamp<index_t>(wanted, 0, free);
   std::uint64_t last = 0;  // rank of the last chosen candidate
   if (wanted > 0 && wanted < free) {
-    const auto at = candidates_.begin() + (wanted - 1);
-    std::nth_element(candidates_.begin(), at, candidates_.end(), std::greater<>());
-    last = *at;
+    last = detail::nth_largest(candidates_, wanted);
   }
   // One ordered pass instead of a sort of what was chosen.
   chosen.clear();

@@ -75,6 +75,17 @@ struct load_rows_args {
   float* out;  // [count][dim], or packed values: the first row's place in its first panel
 };
 
+/// The probabilities of a chunk of keys, summed over some query lanes.
+struct column_mass_args {
+  float* scores;               // [count][16], as score_tile leaves them; become probabilities
+  index_t count;               // 1 .. chunk_keys
+  const std::uint16_t* masks;  // as in tile_args
+  const float* log_sums;       // [16], of each row, its sink included
+  const std::uint16_t* lanes;  // [columns], bit = lane that counts in the column
+  index_t columns;
+  float* sums;  // [columns][chunk_keys]
+};
+
 struct finish_args {
   const float* block;
   index_t head_dim;

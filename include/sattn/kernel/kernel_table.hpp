@@ -22,6 +22,7 @@ struct kernel_table {
   void (*attend_tile)(const tile_args&) noexcept;   // scores, online softmax, values
   void (*score_tile)(const tile_args&) noexcept;    // scores only, into tile_args::scores
   void (*finish_tile)(const finish_args&) noexcept;
+  void (*column_mass)(const column_mass_args&) noexcept;  // of what score_tile leaves
 
   // Decode and per-row lists: single query rows against chunks of keys.
   void (*attend_rows)(const rows_args&) noexcept;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/kernel/column_mass.hpp>
 #include <sattn/kernel/decode_rows.hpp>
 #include <sattn/kernel/kernel_table.hpp>
 #include <sattn/kernel/load_rows.hpp>
@@ -24,6 +25,7 @@ const kernel_table& kernels() {
       &kernel::attend_tile<Arch>,
       &kernel::score_tile<Arch>,
       &kernel::finish_tile<Arch>,
+      &kernel::column_mass<Arch>,
       &kernel::attend_rows<Arch>,
       &kernel::merge_rows<Arch>,
       &kernel::score_pages<Arch>,
