@@ -164,6 +164,28 @@ void run_attention(benchmark::State& state, const setting& s, const pattern_make
   if (against == rival::eigen) state.counters["vs_eigen"] = ratio;
 }
 
+/// The same step with the mass of every key beside the output.
+void run_mass(benchmark::State& state, const setting& s) {
+  const stored_caches caches = caches_of(s);
+  decoder ours(caches, s);
+  decoder other(caches, s);
+  sattn::serial_executor serial;
+  sattn::context ctx(serial);
+  const sattn::attention_plan plan = plan_decode(ctx, s.shape(), sattn::dense{});
+  std::vector<float> lse(static_cast<std::size_t>(s.group));
+  std::vector<float> mass(static_cast<std::size_t>(s.tokens));
+  bench::timed_case c{.from_memory = true, .smoke = s.smoke};
+  c.reference = [&] { other.attend(ctx, plan); };
+  c.run = [&] {
+    sattn::attend(ctx, plan, ours.q_view(), ours.next_cache(),
+                  {ours.out_view(), sattn::nhd(lse.data(), 1, s.group, 1),
+                   sattn::nhd(mass.data(), s.tokens, 1, 1)});
+  };
+  const bench::timings t = measure(state, c);
+  report(state, caches, t, plan.stats(), s.group);
+  state.counters["vs_dense"] = bench::median(t.ratio);
+}
+
 /// Eight sequences of 1/8, 2/8, ... of the tokens in one call, on one thread and on two.
 void run_batch(benchmark::State& state, const setting& s) {
   constexpr index_t sequences = 8;
@@ -316,6 +338,7 @@ void add_cases(bool long_ones) {
   add_dense(smoke);
   add_pages(smoke, "0.25");
   add_quest(smoke, dtype::i8);
+  add(smoke, "mass", run_mass);
 
   for (const dtype type : {dtype::f32, dtype::f16, dtype::bf16, dtype::i8}) {
     for (const index_t group : {1, 2, 4, 8}) add_dense({.type = type, .group = group});
@@ -343,6 +366,7 @@ void add_cases(bool long_ones) {
     }
   }
   add({.group = 4, .page_size = 16}, "append", run_append);
+  for (const index_t group : {1, 4}) add({.group = group}, "mass", run_mass);
   for (const dtype type : {dtype::f32, dtype::f16}) {
     for (const index_t group : {1, 4}) {
       const setting s{.type = type, .group = group};

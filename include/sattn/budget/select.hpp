@@ -23,9 +23,13 @@ inline std::uint64_t nth_largest(std::span<std::uint64_t> numbers, index_t n) {
   constexpr int radix_bits = 10;
   constexpr index_t few = 128;
   std::array<std::uint32_t, 1 << radix_bits> counts;
-  auto [least, most] = std::minmax_element(numbers.begin(), numbers.end());
-  std::uint64_t low = *least;
-  std::uint64_t range = *most - low;
+  std::uint64_t low = std::numeric_limits<std::uint64_t>::max();
+  std::uint64_t high = 0;
+  for (const std::uint64_t x : numbers) {
+    low = std::min(low, x);
+    high = std::max(high, x);
+  }
+  std::uint64_t range = high - low;
   while (std::ssize(numbers) > few) {
     const int shift = std::max(0, static_cast<int>(std::bit_width(range)) - radix_bits);
     counts.fill(0);
@@ -55,8 +59,8 @@ inline std::uint64_t nth_largest(std::span<std::uint64_t> numbers, index_t n) {
 class selector {
  public:
   /// Writes the chosen positions into `chosen`, ascending. Scores of -inf mark units that are not
-  /// legal; NaN counts as the lowest legal score and has no mass. `diagonal` is the range of units that hold the
-  /// rows' own positions.
+  /// legal; NaN counts as the lowest legal score and has no mass. `diagonal` is the range of units
+  /// that hold the rows' own positions.
   /// Throws: shape_error if protected counts are negative, or if a coverage budget meets a negative
   /// score.
   void choose(std::span<const float> scores, const selection& rule, key_range diagonal,
@@ -64,10 +68,12 @@ class selector {
 
  private:
   // Orders like (score descending, position ascending) when compared as an integer, descending.
+  // Without branches: signs of scores cannot be foreseen.
   static std::uint64_t rank(float score, token_t position) {
-    const auto bits = std::bit_cast<std::uint32_t>(score == 0.0f ? 0.0f : score);  // -0 is 0
-    const std::uint32_t ordered = (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
-    const std::uint32_t key = score != score ? 0u : ordered;
+    const auto bits = std::bit_cast<std::int32_t>(score + 0.0f);  // -0 becomes 0
+    const auto flipped =
+        static_cast<std::uint32_t>(bits ^ (bits >> 31 | std::numeric_limits<std::int32_t>::min()));
+    const std::uint32_t key = score != score ? 0u : flipped;
     return std::uint64_t{key} << 32 | (std::numeric_limits<std::uint32_t>::max() -
                                        static_cast<std::uint32_t>(position));
   }
@@ -78,9 +84,10 @@ class selector {
   static double mass_of(float score) {
     return score != score ? 0.0 : static_cast<double>(score);
   }
-  index_t covering(std::span<const float> scores, double target);
+  static index_t covering(std::span<std::uint64_t> candidates, std::span<const float> scores,
+                          double target);
 
-  std::vector<std::uint64_t> candidates_;
+  std::vector<std::uint64_t> ranks_;
 };
 
 inline void selector::choose(std::span<const float> scores, const selection& rule,
@@ -92,33 +99,40 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   index_t legal = 0;
   for (const float s : scores) legal += s != illegal ? 1 : 0;
 
-  candidates_.clear();
-  const bool by_mass = rule.amount.by() == budget::kind::coverage;
   // Protected units, the nth legal one at position i among them.
   const auto is_kept = [&](index_t nth, token_t i) {
     return nth < keep.first || nth >= legal - keep.recent ||
            (keep.diagonal && i >= diagonal.begin && i < diagonal.end);
   };
-  double protected_mass = 0.0;
-  double free_mass = 0.0;
+  // Stored always and kept where it is a candidate, so that nothing is to be foreseen.
+  ranks_.resize(scores.size());
+  std::size_t count = 0;
   index_t nth = 0;
   for (token_t i = 0; i < n; ++i) {
     const float score = scores[static_cast<std::size_t>(i)];
-    if (score == illegal) continue;
-    require(!by_mass || !(score < 0.0f), "selection: coverage needs scores >= 0, unit ", i,
-            " has ", score);
-    const bool kept = is_kept(nth++, i);
-    (kept ? protected_mass : free_mass) += mass_of(score);
-    if (!kept) candidates_.push_back(rank(score, i));
+    const bool is_legal = score != illegal;
+    ranks_[count] = rank(score, i);
+    count += is_legal && !is_kept(nth, i) ? 1 : 0;
+    nth += is_legal ? 1 : 0;
   }
+  const std::span<std::uint64_t> candidates = std::span(ranks_).first(count);
   const bool inside = keep.counted == protection::counting::inside;
-  const auto free = std::ssize(candidates_);
+  const auto free = std::ssize(candidates);
   const index_t kept = legal - free;
   index_t wanted = 0;
-  if (by_mass) {
+  if (rule.amount.by() == budget::kind::coverage) {
+    double protected_mass = 0.0;
+    double free_mass = 0.0;
+    nth = 0;
+    for (token_t i = 0; i < n; ++i) {
+      const float score = scores[static_cast<std::size_t>(i)];
+      if (score == illegal) continue;
+      require(!(score < 0.0f), "selection: coverage needs scores >= 0, unit ", i, " has ", score);
+      (is_kept(nth++, i) ? protected_mass : free_mass) += mass_of(score);
+    }
     const double all = inside ? protected_mass + free_mass : free_mass;
     const double target = rule.amount.share() * all - (inside ? protected_mass : 0.0);
-    wanted = rule.amount.share() == 1.0 ? free : covering(scores, target);
+    wanted = rule.amount.share() == 1.0 ? free : covering(candidates, scores, target);
     wanted = inside ? rule.amount.clamp(wanted + kept) - kept : rule.amount.clamp(wanted);
   } else {
     wanted = inside ? rule.amount.count(legal) - kept : rule.amount.count(legal);
@@ -126,7 +140,7 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   wanted = std::clamp<index_t>(wanted, 0, free);
   std::uint64_t last = 0;  // rank of the last chosen candidate
   if (wanted > 0 && wanted < free) {
-    last = detail::nth_largest(candidates_, wanted);
+    last = detail::nth_largest(candidates, wanted);
   }
   // One ordered pass instead of a sort of what was chosen.
   chosen.clear();
@@ -140,12 +154,13 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
 }
 
 /// How many of the best candidates reach the target mass; leaves them sorted.
-inline index_t selector::covering(std::span<const float> scores, double target) {
-  std::sort(candidates_.begin(), candidates_.end(), std::greater<>());
+inline index_t selector::covering(std::span<std::uint64_t> candidates,
+                                  std::span<const float> scores, double target) {
+  std::sort(candidates.begin(), candidates.end(), std::greater<>());
   double mass = 0.0;
   index_t count = 0;
-  while (count < std::ssize(candidates_) && mass < target) {
-    const token_t position = position_of(candidates_[static_cast<std::size_t>(count)]);
+  while (count < std::ssize(candidates) && mass < target) {
+    const token_t position = position_of(candidates[static_cast<std::size_t>(count)]);
     mass += mass_of(scores[static_cast<std::size_t>(position)]);
     ++count;
   }
