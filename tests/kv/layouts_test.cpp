@@ -27,11 +27,13 @@ attention_result run_stored(context& ctx, const attention_plan& plan, const atte
   attention_result r;
   r.out.assign(at(p.shape.q_len * p.shape.q_heads * p.v_dim), quiet_nan);
   r.lse.assign(at(p.shape.q_len * p.shape.q_heads), quiet_nan);
+  r.mass.assign(at(p.shape.kv_len * p.shape.q_heads), quiet_nan);
   attention_options options = p.options();
   options.pack_bytes = pack_bytes;
   attend(ctx, plan, p.q.view(), kv,
          {nhd(r.out.data(), p.shape.q_len, p.shape.q_heads, p.v_dim),
-          nhd(r.lse.data(), p.shape.q_len, p.shape.q_heads, 1)},
+          nhd(r.lse.data(), p.shape.q_len, p.shape.q_heads, 1),
+          nhd(r.mass.data(), p.shape.kv_len, p.shape.q_heads, 1)},
          options);
   return r;
 }
@@ -63,6 +65,7 @@ void expect_layouts_agree(attention_problem& p, dtype k_type, dtype v_type,
           const attention_result got = run_stored(ctx, plan, p, kv(k.view, v.view), pack);
           if (!known) {
             EXPECT_TRUE(within_bound(got.out, got.lse, want));
+            EXPECT_TRUE(elements_within_bound("mass", got.mass, want.mass, want.mass_bound));
             first = got;
             known = true;
           }
