@@ -325,6 +325,39 @@ TEST(attend, adding_one_vector_to_all_keys_shifts_lse_alone) {
   EXPECT_TRUE(within_bound(contexts, plan, p, want));
 }
 
+// As a Hadamard transform or a shift of all positions under RoPE does.
+TEST(attend, one_reflection_of_all_queries_and_keys_changes_nothing) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  attention_problem p(random, {.q_len = 30, .kv_len = 50, .q_heads = 2, .kv_heads = 1});
+  const attention_plan plan = plan_prefill(contexts.any(), p.shape, sink{3} | sliding_window{20});
+  reference::result want = expected(p, mask_of(plan));
+  std::vector<double> normal(16);
+  double square = 0;
+  for (double& x : normal) {
+    x = random.normal();
+    square += x * x;
+  }
+  const auto reflect = [&](float* row) {
+    double along = 0;
+    for (std::size_t i = 0; i < 16; ++i) along += normal[i] * double{row[i]};
+    for (std::size_t i = 0; i < 16; ++i) {
+      row[i] = static_cast<float>(double{row[i]} - 2 * along / square * normal[i]);
+    }
+  };
+  for (index_t t = 0; t < 50; ++t) {
+    reflect(p.k.row(t, 0));
+    for (index_t h = 0; h < 2 && t < 30; ++h) reflect(p.q.row(t, h));
+  }
+  const reference::result reflected = expected(p, mask_of(plan));
+  // The reflected rows are rounded to float, which costs the logits no more than their sums do.
+  for (std::size_t i = 0; i < want.out.size(); ++i) want.out_bound[i] += reflected.out_bound[i];
+  for (std::size_t i = 0; i < want.lse.size(); ++i) want.lse_bound[i] += reflected.lse_bound[i];
+  for (std::size_t i = 0; i < want.mass.size(); ++i) want.mass_bound[i] += reflected.mass_bound[i];
+  EXPECT_TRUE(within_bound(contexts, plan, p, want));
+}
+
 TEST(attend, values_of_one_give_one_and_outputs_stay_in_the_hull_of_the_values) {
   const seed_trace trace;
   random_source random;

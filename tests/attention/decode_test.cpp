@@ -156,6 +156,35 @@ TEST(decode, several_rows_at_once_give_the_bits_of_one_after_the_other) {
   }
 }
 
+// Verifying drafted tokens, each with keys of its own, more than a chunk of them.
+TEST(decode, rows_with_lists_of_their_own_give_the_bits_of_one_after_the_other) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const index_t group : {1, 3, 4}) {
+    const attention_problem p(
+        random, {.q_len = 7, .kv_len = 500, .q_heads = 2 * group, .kv_heads = 2});
+    const token_lists lists = alike_lists(random, p.shape, 120, 90);
+    for (context& ctx : contexts) {
+      const attention_result together = run(ctx, plan_decode(ctx, p.shape, lists), p);
+      for (index_t row = 0; row < 7; ++row) {
+        token_lists own{1, {0}, {}, 2};
+        for (index_t h = 0; h < 2; ++h) {
+          const std::size_t list = at(h * 7 + row);
+          own.tokens.insert(own.tokens.end(), lists.tokens.begin() + lists.indptr[list],
+                            lists.tokens.begin() + lists.indptr[list + 1]);
+          own.indptr.push_back(std::ssize(own.tokens));
+        }
+        const attention_shape one{1, 500, 2 * group, 2, static_cast<token_t>(493 + row)};
+        owned_tensor out(1, 2 * group, 16);
+        attend(ctx, plan_decode(ctx, one, own), p.q.view().slice(row, row + 1), p.kv(), out.view());
+        EXPECT_TRUE(test_support::bit_equal(out.packed(), together.rows(p, row, row + 1)))
+            << "group " << group << ", row " << row;
+      }
+    }
+  }
+}
+
 TEST(decode, every_size_of_split_and_the_tile_kernel_agree_with_one_reference) {
   const seed_trace trace;
   random_source random;

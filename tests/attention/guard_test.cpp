@@ -13,6 +13,7 @@
 
 #include "support/patterns.hpp"
 #include "support/problem.hpp"
+#include "support/stored.hpp"
 
 namespace {
 
@@ -23,7 +24,7 @@ using namespace test_support;  // NOLINT(google-build-using-namespace)
 struct guarded {
   const attention_problem& p;
   bool token_outer;
-  guard_buffer<float> q, k, v, out, lse;
+  guard_buffer<float> q, k, v, out, lse, mass;
 
   guarded(const attention_problem& problem, guard side, bool nhd_layout)
       : p(problem),
@@ -32,7 +33,8 @@ struct guarded {
         k(size(p.k.view()), side),
         v(size(p.v.view()), side),
         out(p.shape.q_len * p.shape.q_heads * p.v_dim, side),
-        lse(p.shape.q_len * p.shape.q_heads, side) {
+        lse(p.shape.q_len * p.shape.q_heads, side),
+        mass(p.shape.kv_len * p.shape.kv_heads, side) {
     copy(p.q.view(), q);
     copy(p.k.view(), k);
     copy(p.v.view(), v);
@@ -61,7 +63,8 @@ struct guarded {
     };
     attend(ctx, plan, view<const float>(q.data(), s.q_len, s.q_heads, p.q.view().dim),
            {input(k, s.kv_len + extra, s.kv_heads), input(v, s.kv_len + extra, s.kv_heads)},
-           {view(out.data(), s.q_len, s.q_heads, p.v_dim), view(lse.data(), s.q_len, s.q_heads, 1)},
+           {view(out.data(), s.q_len, s.q_heads, p.v_dim), view(lse.data(), s.q_len, s.q_heads, 1),
+            view(mass.data(), s.kv_len + extra, s.kv_heads, 1)},
            p.options());
   }
 };
@@ -108,6 +111,52 @@ TEST(guard_pages, no_head_dim_reads_or_writes_outside_its_rows) {
                                                  .kv_heads = 1,
                                                  .head_dim = d,
                                                  .v_dim = d > 130 ? d : 131 - d}));
+  }
+}
+
+// Rows of every type, and their scales.
+TEST(guard_pages, no_type_is_read_outside_its_rows) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const dtype type : all_types) {
+    for (const index_t dim : {1, 7, 31, 32, 33, 64, 72, 96}) {
+      if (dim % block_of(type) != 0) continue;
+      for (const index_t q_len : {1, 3, 40}) {
+        SCOPED_TRACE(::testing::Message() << name_of(type) << ", dim " << dim << ", " << q_len);
+        attention_problem p(random, {.q_len = q_len,
+                                     .kv_len = 41,
+                                     .q_heads = 6,
+                                     .kv_heads = 2,
+                                     .head_dim = dim,
+                                     .v_dim = dim});
+        const encoded_rows rows(p.k, type);
+        for (const guard side : {guard::before, guard::after}) {
+          guard_buffer<std::byte> bytes(std::ssize(rows.bytes), side);
+          guard_buffer<float> scales(std::ssize(rows.scales), side);
+          std::copy(rows.bytes.begin(), rows.bytes.end(), bytes.data());
+          std::copy(rows.scales.begin(), rows.scales.end(), scales.data());
+          stored_view view;
+          view.data = bytes.data();
+          view.type = type;
+          view.tokens = 41;
+          view.heads = 2;
+          view.dim = dim;
+          view.token_stride = 2 * rows.row_bytes();
+          view.head_stride = rows.row_bytes();
+          if (has_row_scale(type)) view.scales = {scales.data(), 2, 1, 0};
+          owned_tensor out(q_len, 6, dim), lse(q_len, 6, 1), mass(41, 6, 1);
+          for (context& ctx : contexts) {
+            for (const attention_plan& plan : some_plans(ctx, p.shape)) {
+              for (const std::size_t pack : {std::size_t{0}, std::size_t{1} << 30}) {
+                attend(ctx, plan, p.q.view(), kv(view, view),
+                       {out.view(), lse.view(), mass.view()}, {.pack_bytes = pack});
+              }
+            }
+          }
+        }
+      }
+    }
   }
 }
 

@@ -244,6 +244,10 @@ TEST(merge, refuses_what_does_not_fit_and_writes_nothing) {
   EXPECT_THROW(merge(a.view(), taller.view(), into.view()), shape_error);
   EXPECT_THROW(merge(wider.view(), b.view(), into.view()), shape_error);
   EXPECT_THROW(merge(a.view(), without_lse, into.view()), shape_error);
+  attention_output with_mass = into.view();
+  std::vector<float> mass(8);
+  with_mass.mass = sattn::nhd(mass.data(), 4, 2, 1);
+  EXPECT_THROW(merge(a.view(), b.view(), with_mass), shape_error);
   for (const float x : into.out.packed()) EXPECT_TRUE(std::isnan(x));
 }
 

@@ -144,6 +144,17 @@ TEST(poison, in_a_query_stays_in_its_row_and_head) {
         attention_problem dirty = p;
         dirty.q.row(11, 2)[5] = quiet_nan;
         const attention_result got = run(ctx, plan, dirty);
+        const mask_function selected = mask_of(plan);
+        for (index_t key = 0; key < 30; ++key) {
+          for (index_t h = 0; h < 4; ++h) {
+            const float mass = got.mass[at(key * 4 + h)];
+            if (h == 2 && selected(h, 11, key)) {
+              EXPECT_TRUE(std::isnan(mass));
+            } else {
+              EXPECT_EQ(mass, clean.mass[at(key * 4 + h)]);
+            }
+          }
+        }
         for (std::size_t pair = 0; pair < got.lse.size(); ++pair) {
           if (pair == at(11 * 4 + 2)) {
             EXPECT_TRUE(std::isnan(got.lse[pair]));

@@ -64,14 +64,17 @@ TEST(nth_largest, is_the_nth_of_the_sorted_numbers) {
     for (const std::size_t size : {1u, 2u, 127u, 128u, 129u, 1000u, 2001u}) {
       std::set<std::uint64_t> different;
       if (size % 2 == 1) different.insert(std::numeric_limits<std::uint64_t>::max());
-      while (different.size() < size) different.insert(some_bits(bits));
+      // Together and away from 0, so that more than a few share their leading bits.
+      const std::uint64_t offset = size % 3 == 0 && bits < 62 ? std::uint64_t{1} << 62 : 0;
+      while (different.size() < size) different.insert(offset + some_bits(bits));
       const std::vector<std::uint64_t> ascending(different.begin(), different.end());
       const index_t count = std::ssize(ascending);
       for (const index_t n : {index_t{1}, index_t{2}, count / 2, count - 1, count}) {
         if (n < 1 || n > count) continue;
         std::vector<std::uint64_t> numbers = ascending;
         for (std::size_t i = numbers.size(); i-- > 1;) {
-          std::swap(numbers[i], numbers[static_cast<std::size_t>(random.integer(0, std::ssize(numbers)))]);
+          const index_t j = random.integer(0, std::ssize(numbers));
+          std::swap(numbers[i], numbers[static_cast<std::size_t>(j)]);
         }
         EXPECT_EQ(sattn::detail::nth_largest(numbers, n),
                   ascending[static_cast<std::size_t>(count - n)])
@@ -168,13 +171,18 @@ TEST(selector, counted_budgets_choose_what_a_sort_chooses) {
   random_source random;
   for (int round = 0; round < 5000; ++round) {
     // A handful of values, so that most choices are between equal scores.
-    std::vector<float> scores(static_cast<std::size_t>(random.integer(0, 100)));
+    const bool many = round % 50 == 0;  // more than are told apart without the radix
+    std::vector<float> scores(static_cast<std::size_t>(random.integer(0, many ? 3000 : 100)));
     for (float& s : scores) {
+      if (many && round % 100 == 0) {
+        s = static_cast<float>(random.normal());
+        continue;
+      }
       s = random.pick({0.0f, -0.0f, 1.0f, 1.0f, -2.0f, 0x1p-149f, -0x1p-149f, 3.5f, lowest, -lowest,
                        infinity, nan, -nan, illegal, illegal});
     }
     const budget amount = random.integer(0, 2) == 0
-                              ? budget::fixed(random.integer(0, 110))
+                              ? budget::fixed(random.integer(0, many ? 3100 : 110))
                               : budget::ratio(static_cast<double>(random.integer(0, 33)) / 32);
     const selection rule = {random_bounds(random, amount), random_protection(random)};
     const key_range diagonal = random_diagonal(random);

@@ -146,6 +146,7 @@ TEST(page_scores, bound_every_key_of_the_page) {
 TEST(page_summaries, are_rounded_outwards) {
   random_source random(17);
   int nearest_fails = 0;
+  int nearest_int8_fails = 0;
   for (int round = 0; round < 3000; ++round) {
     const double size = std::pow(2.0, static_cast<double>(random.integer(-150, 125)));
     std::vector<float> keys(6);
@@ -160,6 +161,8 @@ TEST(page_summaries, are_rounded_outwards) {
         ASSERT_GE(decoded(s, 0, 1, d), double{high}) << name_of(type);
         if (type == dtype::f16 && to_float(to_f16(high)) < high) ++nearest_fails;
         const double top = std::max(std::abs(double{low}), std::abs(double{high}));
+        const double unit = top / 127;
+        if (type == dtype::i8 && std::nearbyint(high / unit) * unit < high) ++nearest_int8_fails;
         if ((type == dtype::f16 && top > 65000) || size < 1e-4) continue;
         const double step = type == dtype::f32 ? 0 : type == dtype::f16 ? top / 1024 + 1e-7
                                                                         : 10 * size / 126;
@@ -169,6 +172,7 @@ TEST(page_summaries, are_rounded_outwards) {
     }
   }
   EXPECT_GT(nearest_fails, 100);  // rounding to the nearest would not do
+  EXPECT_GT(nearest_int8_fails, 100);
 }
 
 // Of keys of any size, those below what f16 has among them.
@@ -238,6 +242,93 @@ TEST(page_summaries, are_the_same_bits_however_the_keys_came) {
           }
           if (random.integer(0, 4) == 0) other = one;
           if (random.integer(0, 4) == 0) std::swap(one, other);
+        }
+      }
+    }
+  }
+}
+
+// A copy made when there is room to spare: neither writes where the other reads.
+TEST(page_summaries, copies_share_no_tile_that_is_written_later) {
+  const seed_trace trace;
+  random_source random;
+  owned_tensor first(300, 1, 3), second(300, 1, 3);
+  first.fill_normal(random);
+  second.fill_normal(random);
+  for (index_t t = 0; t < 5; ++t) std::copy_n(first.row(t, 0), 3, second.row(t, 0));
+  for (const dtype type : summary_types) {
+    page_summaries one({3, 1, type});
+    one.reserve(300);
+    stored_view start = first.view();
+    start.tokens = 5;
+    one.update(start, 0);
+    page_summaries other = one;
+    one.update(first.view(), 0);
+    other.update(second.view(), 0);
+    for (const auto& [summaries, keys] :
+         {std::pair{&one, &first}, std::pair{&other, &second}}) {
+      const page_summaries anew = summaries_of(keys->view(), 1, type)[0];
+      for (index_t i = 0; i < anew.tiles(); ++i) {
+        EXPECT_EQ(std::memcmp(summaries->tile(i), anew.tile(i), anew.bytes() / at(anew.tiles())), 0)
+            << name_of(type) << ", tile " << i;
+      }
+    }
+  }
+}
+
+// A page that its summary says nothing about must not be lost.
+TEST(page_scores, are_infinite_where_a_type_cannot_hold_the_summary) {
+  random_source random(4);
+  all_contexts contexts;
+  attention_problem p(random, {1, 40, 1, 1, 5, 8});
+  p.q.row(0, 0)[2] = 0.0f;
+  p.q.row(0, 0)[3] = -1.0f;
+  p.k.row(9, 0)[2] = 70000.0f;
+  p.k.row(17, 0)[3] = 1e6f;
+  p.k.row(30, 0)[0] = quiet_nan;
+  for (const summary_kind kind : summary_kinds) {
+    for (context& ctx : contexts) {
+      const auto summaries = summaries_of(p.k.view(), 1, dtype::f16, kind);
+      const score_tensor scores = page_scores(ctx, p.q.view(), summaries);
+      for (index_t t = 0; t < 40; ++t) {
+        if (t == 9 || t == 17) {
+          EXPECT_EQ(scores.values[at(t)], infinity) << kind_name(kind) << ", page " << t;
+        } else if (t != 30) {
+          EXPECT_TRUE(std::isfinite(scores.values[at(t)])) << kind_name(kind) << ", page " << t;
+        }
+      }
+    }
+  }
+  const auto exact_means = summaries_of(p.k.view(), 1, dtype::f32, summary_kind::mean);
+  EXPECT_EQ(page_scores(contexts.any(), p.q.view(), exact_means).values[30], infinity);
+}
+
+// Also where summaries are rounded: outwards, so that sums over heads stay bounds of the sums.
+TEST(page_scores, of_a_group_bound_the_sum_of_its_heads) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  constexpr index_t dim = 24;
+  attention_problem p(random, {2, 200, 8, 2, dim, 8});
+  for (const dtype type : summary_types) {
+    const auto summaries = summaries_of(p.k.view(), 8, type);
+    for (context& ctx : contexts) {
+      const score_tensor scores = page_scores(ctx, p.q.view(), summaries, head_reduce::sum);
+      for (index_t set = 0; set < 2; ++set) {
+        for (index_t row = 0; row < 2; ++row) {
+          for (index_t t = 0; t < 200; ++t) {
+            double sum = 0;
+            double magnitude = 0;
+            for (index_t h = 4 * set; h < 4 * set + 4; ++h) {
+              sum += exact(p.q.row(row, h), p.k.row(t, set), dim);
+              for (index_t d = 0; d < dim; ++d) {
+                magnitude += std::abs(double{p.q.row(row, h)[d]} * double{p.k.row(t, set)[d]});
+              }
+            }
+            const double roundings = 2.0 * static_cast<double>(dim + 6) * 0x1p-24;
+            ASSERT_GE(double{scores.row(set, row)[at(t / 8)]} + roundings * magnitude, sum)
+                << name_of(type) << ", key " << t;
+          }
         }
       }
     }

@@ -6,7 +6,9 @@
 #include <limits>
 #include <sattn/attention/attend.hpp>
 #include <sattn/attention/plan.hpp>
+#include <sattn/estimate/page_scores.hpp>
 #include <sattn/kv/paged_cache.hpp>
+#include <sattn/pattern/token_lists.hpp>
 #include <string>
 #include <utility>
 #include <vector>
@@ -154,9 +156,50 @@ TEST(paged_cache, evicted_heads_attend_to_what_they_keep) {
         return std::binary_search(keep[at(head / 2)].begin(), keep[at(head / 2)].end(),
                                   static_cast<token_t>(key));
       })));
+      // The same keys in the same order where they were: the same bits.
+      const token_lists kept{1, {0, length}, keep[at(h)]};
+      std::vector<float> in_place(64);
+      attend(ctx, plan_decode(ctx, {1, 100, 2, 1, 99}, kept), q, parent.view(h),
+             {nhd(in_place.data(), 1, 2, 32)});
+      EXPECT_TRUE(bit_equal(in_place, out));
       EXPECT_TRUE(within_bound(parents, {},
                                want_of([](index_t, index_t, index_t) { return true; })));
     }
+  }
+}
+
+// NaN in what was refused, in the page that is not full and in pages that are taken again.
+TEST(paged_cache, what_was_truncated_is_not_read) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  attention_problem p(random, {1, 45, 4, 2, 32, 32});
+  owned_tensor poison(30, 2, 32);
+  poison.fill(quiet_nan);
+  kv_cache_options options{.kv_heads = 2, .head_dim = 32, .page_size = 16, .capacity = 80};
+  options.summaries = dtype::f16;
+  options.means = dtype::f32;
+  paged_kv_cache<float> cache(options), clean(options);
+  clean.append(p.k.view(), p.v.view());
+  const auto rows = [&](index_t begin, index_t end) {
+    cache.append(p.k.view().slice(begin, end), p.v.view().slice(begin, end));
+  };
+  rows(0, 20);
+  cache.append(poison.view(), poison.view());
+  cache.truncate(20);
+  rows(20, 45);
+  cache.append(poison.view().slice(0, 2), poison.view().slice(0, 2));
+  cache.truncate(45);
+  for (context& ctx : contexts) {
+    const attention_plan plan = plan_decode(ctx, p.shape, dense{});
+    std::vector<float> got(4 * 32), want(4 * 32);
+    attend(ctx, plan, p.q.view(), cache.view(), {nhd(got.data(), 1, 4, 32)});
+    attend(ctx, plan, p.q.view(), clean.view(), {nhd(want.data(), 1, 4, 32)});
+    EXPECT_TRUE(bit_equal(got, want));
+    EXPECT_TRUE(bit_equal(page_scores(ctx, p.q.view(), cache.summaries()).values,
+                          page_scores(ctx, p.q.view(), clean.summaries()).values));
+    EXPECT_TRUE(bit_equal(page_scores(ctx, p.q.view(), cache.means()).values,
+                          page_scores(ctx, p.q.view(), clean.means()).values));
   }
 }
 
@@ -218,6 +261,37 @@ TEST(paged_cache, says_what_does_not_fit) {
               cache.append(more.view(), more.view());
               cache.append(more.view(), more.view());
             }).find("free"), std::string::npos);
+}
+
+// Half a step, and for q8_0 what its scale loses in f16.
+TEST(store_row, is_off_by_half_a_step_at_most) {
+  const seed_trace trace;
+  random_source random;
+  for (int round = 0; round < 500; ++round) {
+    const double size = std::exp2(static_cast<double>(random.integer(-10, 11)));
+    std::vector<float> x(64);
+    for (float& e : x) e = static_cast<float>(size * random.normal());
+    const auto decoded = [&]<class T>(T) {
+      std::vector<float> y(64);
+      const stored_bytes row = encode<T>(x.data(), 64);
+      load_row(dtype_of<T>, row.bytes.data(), row.scale, 64, y.data());
+      return y;
+    };
+    const auto top_of = [&](std::size_t begin, std::size_t end) {
+      double top = 0;
+      for (std::size_t i = begin; i < end; ++i) top = std::max(top, std::abs(double{x[i]}));
+      return top;
+    };
+    const std::vector<float> a = decoded(std::int8_t{});
+    const std::vector<float> b = decoded(q8_0{});
+    for (std::size_t i = 0; i < 64; ++i) {
+      const double step = top_of(0, 64) / 127;
+      const double block_step = top_of(i / 32 * 32, i / 32 * 32 + 32) / 127;
+      EXPECT_NEAR(a[i], x[i], step * (0.5 + 127 * 0x1p-22));
+      // An f16 has 11 bits, or steps of 2^-24.
+      EXPECT_NEAR(b[i], x[i], block_step * (0.5 + 127 * (0x1p-11 + 0x1p-22)) + 127 * 0x1p-25);
+    }
+  }
 }
 
 // Rows near the ends of what the types express.

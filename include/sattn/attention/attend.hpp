@@ -54,10 +54,31 @@ struct sequence_part {
   index_t sequence = 0;
   key_range kv_heads = {};
   kv_packing packing = {};
+  std::size_t packed_byte = 0;
+  index_t tasks = 0;
+  index_t pairs_per_task = 0;
   index_t pack_task = 0;
   index_t task = 0;
-  std::size_t packed_byte = 0;
+
+  index_t pack_tasks() const { return kv_heads.size() * packing.blocks(); }
 };
+
+/// Numbers the tasks of all parts, those of the longest first: what is long must not begin when the
+/// others end. Returns the part that would come next.
+inline sequence_part number_tasks(std::span<sequence_part> parts) {
+  std::sort(parts.begin(), parts.end(), [](const sequence_part& a, const sequence_part& b) {
+    return a.pairs_per_task != b.pairs_per_task ? a.pairs_per_task > b.pairs_per_task
+                                                : a.sequence < b.sequence;
+  });
+  sequence_part next;
+  for (sequence_part& part : parts) {
+    part.pack_task = next.pack_task;
+    part.task = next.task;
+    next.pack_task += part.pack_tasks();
+    next.task += part.tasks;
+  }
+  return next;
+}
 
 /// Walks over the kv heads of all sequences in waves: parts whose packed keys and values fit into
 /// the memory for them at the same time.
@@ -84,7 +105,7 @@ class wave_walk {
       if (fit > 0) {
         f(sequence_part{sequence_,
                         {static_cast<token_t>(kv_head_), static_cast<token_t>(kv_head_ + fit)},
-                        work.packing, 0, 0, used},
+                        work.packing, used},
           work);
       }
       used += each * static_cast<std::size_t>(fit);
@@ -185,8 +206,9 @@ inline std::size_t workspace_bytes(const context& ctx, const attention_plan& pla
 /// scores a second time, 16 rows of a tile, or rows and heads, at once. Allocates only to grow the
 /// context's workspace.
 /// Accuracy: f32, online softmax. A row without keys gives 0 and lse = -inf; lse is the natural
-/// log, without the sink. Mass counts the sink as attend does: without sinks the keys' sums add up
-/// to the rows that have keys. Keys that no row of a tile attends to take no part in it: they are read,
+/// log, without the sink. Mass sums exp(score - lse), with the sink in lse: without sinks the keys'
+/// sums add up to the rows that have keys, up to an error of 2^-24 |lse| a row; a row whose lse is NaN
+/// makes the mass of its keys NaN. Keys that no row of a tile attends to take no part in it: they are read,
 /// if at all, to be copied (options.pack_bytes). A NaN or infinity in a key reaches the rows of the
 /// tiles that execute it; rows with lists of their own run in tiles of 16. The bits do not depend on
 /// the number of threads or on pack_bytes.
@@ -223,25 +245,24 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
   detail::wave_walk waves(sequences, kernels, options);
   for (;;) {
     std::size_t count = 0;
-    detail::sequence_part next;
     const bool more = waves.next([&](detail::sequence_part part,
                                      const detail::sequence_work& work) {
       const attention_sequence& s = sequences[static_cast<std::size_t>(part.sequence)];
-      part.pack_task = next.pack_task;
-      part.task = next.task;
-      next.pack_task += part.kv_heads.size() * work.packing.blocks();
-      next.task += work.by_rows ? detail::row_work(s).tasks(*s.plan, part.kv_heads)
+      part.tasks = work.by_rows ? detail::row_work(s).tasks(*s.plan, part.kv_heads)
                                 : detail::tile_work(s).tasks(part.kv_heads);
+      part.pairs_per_task = detail::pairs_of_a_kv_head(*s.plan) * part.kv_heads.size() /
+                            std::max<index_t>(part.tasks, 1);
       parts[count++] = part;
     });
     if (!more) break;
+    const detail::sequence_part end = detail::number_tasks({parts, count});
     const std::span<const detail::sequence_part> wave(parts, count);
     const auto head_memory = [&](const detail::sequence_part& part, index_t kv_head) {
       return packed + part.packed_byte +
              static_cast<std::size_t>(kv_head - part.kv_heads.begin) * part.packing.head_bytes();
     };
 
-    ctx.executor().parallel_for(next.pack_task, [&](index_t task, index_t) {
+    ctx.executor().parallel_for(end.pack_task, [&](index_t task, index_t) {
       const auto& part = detail::holder_of(task, wave, &detail::sequence_part::pack_task);
       const attention_sequence& s = sequences[static_cast<std::size_t>(part.sequence)];
       const index_t blocks = part.packing.blocks();
@@ -250,7 +271,7 @@ inline void attend(context& ctx, std::span<const attention_sequence> sequences,
                               head_memory(part, kv_head));
     });
 
-    ctx.executor().parallel_for(next.task, [&](index_t task, index_t worker) {
+    ctx.executor().parallel_for(end.task, [&](index_t task, index_t worker) {
       const auto& part = detail::holder_of(task, wave, &detail::sequence_part::task);
       const auto i = static_cast<std::size_t>(part.sequence);
       const attention_sequence& s = sequences[i];

@@ -13,11 +13,8 @@ namespace sattn::detail {
 
 /// How the probabilities that each key receives are summed once every lse is known: a task is some
 /// keys of one kv head, for all query rows, so that no two tasks write the same sum and its order
-/// is that of the rows.
+/// is that of the rows. How many keys changes no bit.
 struct mass_work {
-  // Fewer would pack every tile's queries too often, more would leave threads without a task.
-  static constexpr index_t task_keys = 4096;
-
   /// The lanes of a lane block by what they add to: [first_column, first_column + columns).
   struct alignas(cache_line) block_lanes {
     std::array<float, tile_lanes> log_sums;
@@ -28,13 +25,26 @@ struct mass_work {
 
   tile_work tiles;
   index_t heads_per_column;  // query heads whose probabilities are summed
-  index_t key_tasks;
+  index_t task_keys;
+  index_t key_tasks;  // of one kv head
 
   explicit mass_work(const attention_sequence& s)
-      : tiles(s, lane_layout(s.plan->grid(), s.plan->sharing_heads()), 0),
+      : tiles(s, lane_layout(rows_of(s), s.plan->sharing_heads()), 0),
         heads_per_column(s.output.mass.heads == 0 ? 1 : s.q.heads / s.output.mass.heads),
+        task_keys(keys_of_a_task(s.kv.k.tokens)),
         key_tasks(ceil_div(s.kv.k.tokens, task_keys)) {}
 
+  /// Tiles no taller than there are rows: the other lanes are for heads.
+  static tile_grid rows_of(const attention_sequence& s) {
+    tile_grid grid = s.plan->grid();
+    grid.rows = static_cast<token_t>(std::clamp<index_t>(s.q.tokens, 1, grid.rows));
+    return grid;
+  }
+  // Fewer would pack every tile's queries too often, more would leave threads without a task.
+  static index_t keys_of_a_task(index_t keys) {
+    constexpr index_t tasks = 16;
+    return std::clamp<index_t>(round_up(ceil_div(keys, tasks), chunk_keys), 512, 4096);
+  }
   index_t tasks(const attention_sequence& s) const { return s.kv.k.heads * key_tasks; }
   std::size_t scratch_bytes() const {
     return tiles.scratch_bytes() +
@@ -126,9 +136,9 @@ inline void add_tile_mass(const attention_sequence& s, const mass_work& work, in
           .sums = sums,
       });
       for (index_t column = 0; column < lanes.columns; ++column) {
-        const float* const of_column = sums + column * chunk_keys - part.begin;
-        for (index_t i = part.begin; i < part.end; ++i) {
-          *s.output.mass.row(chunk.keys[static_cast<std::size_t>(i)],
+        const float* const of_column = sums + column * chunk_keys;
+        for (index_t i = 0; i < part.end - part.begin; ++i) {
+          *s.output.mass.row(chunk.keys[static_cast<std::size_t>(part.begin + i)],
                              lanes.first_column + column) += of_column[i];
         }
       }
@@ -142,10 +152,10 @@ inline void run_column_mass(const attention_sequence& s, const mass_work& work,
                             scratch_arena scratch) {
   const tile_work& tiles = work.tiles;
   const index_t kv_head = task / work.key_tasks;
-  const index_t first_key = task % work.key_tasks * mass_work::task_keys;
+  const index_t first_key = task % work.key_tasks * work.task_keys;
   const key_range keys = {
       static_cast<token_t>(first_key),
-      static_cast<token_t>(std::min(first_key + mass_work::task_keys, s.kv.k.tokens))};
+      static_cast<token_t>(std::min(first_key + work.task_keys, s.kv.k.tokens))};
   const index_t columns = s.output.mass.heads / s.kv.k.heads;
   for (index_t column = kv_head * columns; column < (kv_head + 1) * columns; ++column) {
     for (index_t key = keys.begin; key < keys.end; ++key) *s.output.mass.row(key, column) = 0.0f;

@@ -52,7 +52,8 @@ inline void check_same_or_apart(const char* name, const tensor_view<float>& into
 /// computed without sink logits, which come here: [heads] or none. `into` may be the same memory as
 /// a part; it then replaces it. Its lse leaves the sink out, so that merges can be chained when only
 /// the last one gets the sinks. An empty part (lse = -inf) is neutral; two of them stay empty.
-/// Throws: shape_error if extents differ, an lse is missing, or memory overlaps in another way.
+/// Throws: shape_error if extents differ, an lse is missing, into asks for mass, or memory overlaps
+/// in another way.
 /// Nothing is written when it throws.
 /// Accuracy: a few roundings; exact when one part is empty and there is no sink.
 inline void merge(const attention_part& a, const attention_part& b, const attention_output& into,
@@ -63,6 +64,7 @@ inline void merge(const attention_part& a, const attention_part& b, const attent
   detail::check_part("b", b, into);
   detail::check_part("into", into, into);
   require(!may_overlap(into.out, into.lse), "merge: into's out overlaps its lse");
+  require(into.mass.data == nullptr, "merge: into asks for mass, which parts do not have");
   for (const attention_part* part : {&a, &b}) {
     detail::check_same_or_apart("out", into.out, part->out);
     detail::check_same_or_apart("lse", into.lse, part->lse);

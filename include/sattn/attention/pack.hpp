@@ -31,6 +31,22 @@ struct kv_rows {
   }
 };
 
+/// Pairs of the query rows and heads of one kv head with keys, at most; on average over kv heads.
+inline index_t pairs_of_a_kv_head(const attention_plan& plan) {
+  const attention_shape& shape = plan.shape();
+  index_t pairs = 0;
+  for (index_t i = 0; i < plan.heads(); ++i) {
+    const plan_head& h = plan.head(i);
+    index_t all_rows = 0;
+    for (const key_range& run : h.distances) all_rows += run.size();
+    for (const key_range& run : h.columns) all_rows += run.size();
+    index_t in_lists = std::ssize(h.tokens) + std::ssize(h.row_keys);  // of whole tiles
+    for (const key_range& run : h.ranges) in_lists += run.size();
+    pairs += std::min(all_rows, shape.kv_len) * shape.q_len + in_lists * plan.grid().rows;
+  }
+  return plan.heads() == 0 ? 0 : pairs / plan.heads() * shape.group_size();
+}
+
 /// What is copied of every kv head of a sequence before its queries run, and how much memory that
 /// takes. Copies pay where each key meets many query rows, panels where lane blocks share chunks.
 class kv_packing {
@@ -103,21 +119,6 @@ class kv_packing {
   }
 
  private:
-  /// Pairs of the query rows and heads of one kv head with keys, at most; on average over kv heads.
-  static index_t pairs_of_a_kv_head(const attention_plan& plan) {
-    const attention_shape& shape = plan.shape();
-    index_t pairs = 0;
-    for (index_t i = 0; i < plan.heads(); ++i) {
-      const plan_head& h = plan.head(i);
-      index_t all_rows = 0;
-      for (const key_range& run : h.distances) all_rows += run.size();
-      for (const key_range& run : h.columns) all_rows += run.size();
-      index_t in_lists = std::ssize(h.tokens) + std::ssize(h.row_keys);  // of whole tiles
-      for (const key_range& run : h.ranges) in_lists += run.size();
-      pairs += std::min(all_rows, shape.kv_len) * shape.q_len + in_lists * plan.grid().rows;
-    }
-    return plan.heads() == 0 ? 0 : pairs / plan.heads() * shape.group_size();
-  }
   static std::size_t float_bytes(index_t count) {
     return padded(static_cast<std::size_t>(count) * sizeof(float));
   }

@@ -39,9 +39,8 @@ class scratch_arena {
 struct row_pointers {
   std::array<const void*, chunk_keys + prefetch_rows> k;
   std::array<const void*, chunk_keys + prefetch_rows> v;
-  // Where a type has a scale for each row; behind the last one any finite number.
-  std::array<float, chunk_keys + prefetch_rows> k_scales;
-  std::array<float, chunk_keys + prefetch_rows> v_scales;
+  std::array<float, chunk_keys> k_scales;  // where the type has one for each row
+  std::array<float, chunk_keys> v_scales;
   index_t count = 0;
 
   /// key_count > 0.
@@ -64,9 +63,7 @@ struct row_pointers {
 
  protected:
   void read_scales(const row_source& source, const token_t* keys, auto& scales) const {
-    if (!has_row_scale(source.type)) return;
-    source.read_scales(keys, count, scales.data());
-    std::fill(scales.begin() + count, scales.end(), 0.0f);
+    if (has_row_scale(source.type)) source.read_scales(keys, count, scales.data());
   }
   void pad(auto& rows) const {
     std::fill(rows.begin() + count, rows.end(), rows[static_cast<std::size_t>(count - 1)]);

@@ -6,6 +6,8 @@
 #include <sattn/kv/page_summaries.hpp>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <span>
 
 namespace sattn {
@@ -21,8 +23,9 @@ enum class row_reduce { none, sum };
 /// Shapes: q [q_len, q_heads, head_dim], one summary for each kv head; result [sets, rows, pages]:
 /// sets = q_heads or, where heads are reduced, kv_heads; rows = q_len or 1; pages of the longest
 /// head, -inf behind the last page of a shorter one. `scores` keeps its memory from call to call.
-/// A sum or mean of heads and rows takes one product for all of them, a maximum one for each head.
-/// Throws: shape_error if shapes do not fit or summaries are of both kinds.
+/// A page whose summary is not finite scores +inf. A sum or mean of heads and rows takes one product for all of them, a maximum one for each head.
+/// Throws: shape_error if shapes do not fit, summaries are of both kinds or a borrowed workspace is
+/// too small; nothing is written then.
 /// Cost: bandwidth of the summaries; parallel over sets, rows and tiles of pages.
 /// Accuracy: f32. For one query the bound holds to the last bit where q . k is summed with fused
 /// products in the order of d; for sums it holds up to their roundings. A mean score has the
@@ -52,11 +55,6 @@ inline void page_scores_into(context& ctx, score_tensor& scores,
   const index_t group = q.heads / kv_heads;
   const index_t set_heads = heads == head_reduce::none ? 1 : group;
   const index_t list_rows = rows == row_reduce::none ? 1 : q.tokens;
-  scores.sets = q.heads / set_heads;
-  scores.rows = list_rows == 0 ? 0 : q.tokens / list_rows;
-  scores.cols = pages;
-  scores.values.resize(static_cast<std::size_t>(scores.sets * scores.rows * scores.cols));
-
   // A maximum needs a product for each of what the others sum before.
   const index_t products = heads == head_reduce::max ? set_heads : 1;
   const float share = heads == head_reduce::mean ? 1.0f / static_cast<float>(group) : 1.0f;
@@ -69,6 +67,12 @@ inline void page_scores_into(context& ctx, score_tensor& scores,
       ctx.workspace(static_cast<std::size_t>(worker_floats * ctx.executor().concurrency()) *
                     sizeof(float))
           .data());
+  scores.sets = q.heads / set_heads;
+  scores.rows = list_rows == 0 ? 0 : q.tokens / list_rows;
+  scores.cols = pages;
+  scores.values.resize(static_cast<std::size_t>(scores.sets * scores.rows * scores.cols));
+
+  constexpr float unknown = std::numeric_limits<float>::infinity();
   ctx.executor().parallel_for(scores.sets * scores.rows * tasks, [&](index_t task, index_t worker) {
     const index_t set = task / (scores.rows * tasks);
     const index_t row = task / tasks % scores.rows;
@@ -100,7 +104,8 @@ inline void page_scores_into(context& ctx, score_tensor& scores,
         ctx.kernel_table().score_pages({of_head.tile(t), of_head.tile(next), of_head.options().type,
                                         parts_of_q, q.dim, parts + p * part_floats, of_tile});
         for (index_t i = 0; i < known; ++i) {
-          to[i] = p == 0 ? of_tile[i] : std::max(to[i], of_tile[i]);
+          const float score = std::isfinite(of_tile[i]) ? of_tile[i] : unknown;
+          to[i] = p == 0 ? score : std::max(to[i], score);
         }
       }
       std::fill(to + known, to + count, detail::not_legal);

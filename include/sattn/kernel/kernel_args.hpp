@@ -111,8 +111,8 @@ struct rows_args {
   dtype v_type;
   const void* const* k_rows;  // [count + prefetch_rows]; the extra ones are not read
   const void* const* v_rows;  // [count + prefetch_rows]
-  const float* k_scales;      // [count] where the type has one a row, with room for a whole vector
-  const float* v_scales;      // behind the last; finite there
+  const float* k_scales;      // [count] where the type has one a row, otherwise null
+  const float* v_scales;      // the same
   const void* const* next_k;  // rows of a later call, one for each key of this call's last piece
   const void* const* next_v;  // the same
   index_t count;              // 1 .. chunk_keys

@@ -61,7 +61,8 @@ struct page_summary_options {
 /// Follows a cache: update() takes in what was appended, truncate() forgets, a copy is a fork and
 /// shares what is full. The summary of some keys is the same bits however they came. Every member
 /// gives the strong guarantee. Summaries are of the keys as they are stored, not as they were
-/// before rounding. A page with a key or a sum that is not finite has a score that means nothing.
+/// before rounding. A page whose summary its type cannot hold, as f16 above 65,504, or with a key
+/// that is not finite, scores +inf: what nothing is known of is kept.
 ///
 /// Source: Quest (arXiv:2406.10774) for bounds, MoBA (arXiv:2502.13189) for means.
 class page_summaries {
@@ -89,7 +90,7 @@ class page_summaries {
   /// Pages [64 i, 64 (i + 1)): [head_dim][min, max][64 pages] or [head_dim][64 pages] means of the
   /// type, of int8 followed by [64] f32 scales. Pages that do not exist are 0.
   const void* tile(index_t i) const { return data(i); }
-  /// Memory of the tiles, those that forks share included.
+  /// Memory of the tiles of pages(), those that forks share included.
   std::size_t bytes() const { return index(tiles()) * tile_bytes(); }
 
   /// Room for `tokens` tokens in all; update() up to there does not throw for want of memory.
@@ -97,8 +98,9 @@ class page_summaries {
   void reserve(index_t tokens) {
     const index_t wanted = ceil_div(ceil_div(tokens, options_.page_size), tile_pages);
     tiles_.reserve(static_cast<std::size_t>(wanted));
-    const index_t writable = pages_before() / tile_pages;  // the first tile to be written
-    if (writable < std::ssize(tiles_) && tokens > tokens_) own_tile(writable);
+    // Every tile that may be written to, those reserved before among them: a copy shares them all.
+    const index_t end = tokens > tokens_ ? std::min<index_t>(wanted, std::ssize(tiles_)) : 0;
+    for (index_t i = pages_before() / tile_pages; i < end; ++i) own_tile(i);
     while (std::ssize(tiles_) < wanted) tiles_.push_back(new_tile());
   }
 

@@ -102,8 +102,8 @@ class paged_kv_cache {
   void append(const tensor_view<const float>& k, const tensor_view<const float>& v) {
     check_rows(k, v);
     reserve_pages(tables_.pages_to_append(*store_, k.tokens));
-    tables_.grow(k.tokens);
     for (page_summaries& s : summaries_) s.reserve(s.tokens() + k.tokens);
+    tables_.grow(k.tokens);
     for (index_t h = 0; h < shape_.kv_heads; ++h) {
       const index_t first = tables_.tokens(h);
       tables_.append(*store_, h, k.tokens, [&](std::int32_t to, std::int32_t from) {
@@ -313,13 +313,13 @@ class paged_kv_cache {
     const page_layout l = layout();
     const auto part = [&](dtype type, index_t width, index_t row, index_t at, index_t scales) {
       stored_view first;  // the first page of the store
-      first.data = store_->data() + at;
+      if (store_->pages() > 0) first.data = store_->data() + at;
       first.type = type;
       first.tokens = shape_.page_size;
       first.heads = 1;
       first.dim = width;
       first.token_stride = row;
-      if (has_row_scale(type)) {
+      if (has_row_scale(type) && store_->pages() > 0) {
         first.scales = {reinterpret_cast<const float*>(store_->data() + scales), 1, 0, 0};
       }
       const index_t floats = l.bytes / index_t{sizeof(float)};
