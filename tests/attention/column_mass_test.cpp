@@ -100,7 +100,8 @@ TEST(column_mass, of_more_keys_than_a_task_takes) {
   const attention_problem p(
       random, {.q_len = 3, .kv_len = 1300, .q_heads = 4, .kv_heads = 2, .head_dim = 8});
   EXPECT_TRUE(within_bound(contexts, plan_decode(contexts.any(), p.shape, dense{}), p));
-  EXPECT_TRUE(within_bound(contexts, plan_prefill(contexts.any(), p.shape, sliding_window{900}), p));
+  const attention_plan window = plan_prefill(contexts.any(), p.shape, sliding_window{900});
+  EXPECT_TRUE(within_bound(contexts, window, p));
 }
 
 TEST(column_mass, changes_neither_out_nor_lse) {
@@ -163,6 +164,21 @@ TEST(column_mass, infinite_keys_and_rows_without_keys_give_no_nan) {
                            plan_decode(contexts.any(), p.shape, dense{}, {.split_keys = 2})}) {
     EXPECT_TRUE(within_bound(contexts, plan, p));
     for (const float m : run(contexts.any(), plan, p).mass) EXPECT_GE(m, 0.0f);
+  }
+}
+
+// Logits so large that their roundings, one way in the lse and another in the mass, reach 1.
+TEST(column_mass, of_one_row_is_at_most_one) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  attention_problem p(random, {.q_len = 1, .kv_len = 60, .q_heads = 16, .kv_heads = 8,
+                               .head_dim = 128});
+  p.scale = 1e6f;
+  const attention_plan plan = plan_decode(contexts.any(), p.shape, dense{});
+  EXPECT_TRUE(within_bound(contexts, plan, p));
+  for (context& ctx : contexts) {
+    for (const float mass : run(ctx, plan, p).mass) EXPECT_LE(mass, 1.0f);
   }
 }
 

@@ -147,9 +147,8 @@ struct workspace_layout {
         workers(ctx.executor().concurrency()) {
     wave_walk waves(sequences, ctx.kernel_table(), options);
     const auto add = [&](const sequence_part& part, const sequence_work& work) {
-      packed_bytes = std::max(packed_bytes,
-                              part.packed_byte + work.packing.head_bytes() *
-                                                     static_cast<std::size_t>(part.kv_heads.size()));
+      const auto heads = static_cast<std::size_t>(part.kv_heads.size());
+      packed_bytes = std::max(packed_bytes, part.packed_byte + work.packing.head_bytes() * heads);
       scratch_bytes = std::max(scratch_bytes, work.scratch_bytes);
       if (part.kv_heads.begin == 0) shared_bytes += work.shared_bytes;
     };
@@ -195,23 +194,23 @@ inline std::size_t workspace_bytes(const context& ctx, const attention_plan& pla
 ///
 /// Shapes, per sequence: q [q_len, q_heads, head_dim]; k [kv_len, kv_heads, head_dim];
 /// v [kv_len, kv_heads, v_dim]; out [q_len, q_heads, v_dim]; lse [q_len, q_heads, 1] or none; mass
-/// [kv_len, q_heads or kv_heads, 1] or none, which takes an lse. f32, k and v of any dtype, each its
-/// own; any strides, head_dim and v_dim from 1 to 1024. Sequences differ as they like.
+/// [kv_len, q_heads or kv_heads, 1] or none, which takes an lse. f32, k and v of any dtype, each
+/// its own; any strides, head_dim and v_dim from 1 to 1024. Sequences differ as they like.
 /// Order: scale, soft cap, mask; then the sink logit joins the sum of the softmax.
 /// Requires: no output overlaps another tensor.
 /// Throws: shape_error where extents, plan, memory or options do not fit; unsupported above the
 /// largest head_dim. Nothing is written when it throws.
 /// Cost: 2 (head_dim + v_dim) flops per executed pair (plan.stats()), parallel over (sequence,
 /// head, tile or split), and copies of K and V where they pay (options.pack_bytes). Mass takes the
-/// scores a second time, 16 rows of a tile, or rows and heads, at once. Allocates only to grow the
-/// context's workspace.
+/// scores a second time, 16 rows of a tile, or rows and heads, at once, parallel over kv heads and
+/// runs of 512 keys or more. Allocates only to grow the context's workspace.
 /// Accuracy: f32, online softmax. A row without keys gives 0 and lse = -inf; lse is the natural
-/// log, without the sink. Mass sums exp(score - lse), with the sink in lse: without sinks the keys'
-/// sums add up to the rows that have keys, up to an error of 2^-24 |lse| a row; a row whose lse is NaN
-/// makes the mass of its keys NaN. Keys that no row of a tile attends to take no part in it: they are read,
+/// log, without the sink. Keys that no row of a tile attends to take no part in it: they are read,
 /// if at all, to be copied (options.pack_bytes). A NaN or infinity in a key reaches the rows of the
-/// tiles that execute it; rows with lists of their own run in tiles of 16. The bits do not depend on
-/// the number of threads or on pack_bytes.
+/// tiles that execute it; rows with lists of their own run in tiles of 16. Mass sums exp(score -
+/// lse), with the sink in lse: without sinks the keys' sums add up to the rows that have keys, up
+/// to 2^-24 |lse| a row, and a row whose lse is NaN makes the mass of its keys NaN. The bits do not
+/// depend on the number of threads or on pack_bytes.
 /// Source: FlashAttention-2 (arXiv:2307.08691) per tile, flash decoding for splits.
 /// See: examples/01_prefill.cpp, 02_decode.cpp; tests/attention/attend_test.cpp.
 inline void attend(context& ctx, std::span<const attention_sequence> sequences,

@@ -24,8 +24,8 @@ struct decode_options {
   token_t split_keys = 4096;    // keys that one task takes; results depend on it, not on threads
 };
 
-/// The shape of attention over q [q_len, q_heads, head_dim] and k, v [kv_len, kv_heads, dim]; set
-/// q_offset of the result where the default does not fit. By default the last query stands at the last key.
+/// The shape of attention over q [q_len, q_heads, head_dim] and k, v [kv_len, kv_heads, dim]. The
+/// last query stands at the last key; set q_offset of the result where that does not fit.
 /// Throws: shape_error if q_heads is not a multiple of the kv heads.
 inline attention_shape shape_of(const tensor_view<const float>& q, const kv_view& kv) {
   const attention_shape shape{q.tokens, kv.k.tokens, q.heads, kv.k.heads,

@@ -34,7 +34,8 @@ struct tile_work {
       : head_dim(s.q.dim), v_dim(values), lanes(layout), sharing(s.plan->sharing_heads()),
         blocks_per_tile(ceil_div(s.plan->grid().rows, sub_tile_rows)),
         lists_per_kv_head(sharing == 0 ? 0 : s.plan->shape().group_size() / sharing),
-        tiles(s.plan->tiles()), keys_bytes(padded(sizeof(key_chunk)) + readable_rows::bytes(s, row_reader::tiles)) {
+        tiles(s.plan->tiles()),
+        keys_bytes(padded(sizeof(key_chunk)) + readable_rows::bytes(s, row_reader::tiles)) {
     const index_t block_bytes = lane_block_floats(head_dim, v_dim) * index_t{sizeof(float)};
     const index_t fit = std::max<index_t>(1, cached_bytes / (block_bytes * blocks_per_tile));
     heads_per_task = std::min(sharing, fit * lanes.heads);

@@ -20,7 +20,7 @@ SATTN_NOINLINE void score_tile_of_pages(const page_scores_args& args) noexcept {
   constexpr int vecs = 64 / width < 8 ? 64 / width : 8;
   constexpr index_t line = 64 / static_cast<index_t>(sizeof(T));
   // Far enough ahead to hide memory, which no hardware does across the end of a tile.
-  constexpr index_t distance = 1024 / static_cast<index_t>(sizeof(T));
+  constexpr index_t distance = 4096 / static_cast<index_t>(sizeof(T));
   const T* const tile = static_cast<const T*>(args.tile);
   const T* const next = static_cast<const T*>(args.next_tile);
   const index_t elements = Rows * args.head_dim * tile_pages;

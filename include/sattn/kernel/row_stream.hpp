@@ -82,7 +82,8 @@ SATTN_NOINLINE void pv_stream(const void* const* v_rows, const void* const* next
     const auto column = [&](index_t i, auto&& load) SATTN_INLINE_LAMBDA {
       V sum = V::load_aligned(out + i);
       if constexpr (first) sum = sum * factor;
-      simd::unroll<rows>([&](auto r) SATTN_INLINE_LAMBDA { sum = simd::fma(weight[r], load(r), sum); });
+      simd::unroll<rows>(
+          [&](auto r) SATTN_INLINE_LAMBDA { sum = simd::fma(weight[r], load(r), sum); });
       sum.store_aligned(out + i);
     };
     index_t i = 0;
