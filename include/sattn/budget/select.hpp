@@ -96,24 +96,29 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   const protection& keep = rule.keep;
   constexpr float illegal = -std::numeric_limits<float>::infinity();
   const auto n = static_cast<token_t>(scores.size());
+  const auto is_legal = [&](token_t i) { return scores[static_cast<std::size_t>(i)] != illegal; };
   index_t legal = 0;
   for (const float s : scores) legal += s != illegal ? 1 : 0;
 
-  // Protected units, the nth legal one at position i among them.
-  const auto is_kept = [&](index_t nth, token_t i) {
-    return nth < keep.first || nth >= legal - keep.recent ||
-           (keep.diagonal && i >= diagonal.begin && i < diagonal.end);
+  // Where the first legal units end, the last ones begin, and the rows' own are.
+  token_t first_end = 0;
+  token_t recent_begin = n;
+  for (index_t left = keep.first; left > 0 && first_end < n; ++first_end) {
+    if (is_legal(first_end)) --left;
+  }
+  for (index_t left = keep.recent; left > 0 && recent_begin > 0;) {
+    if (is_legal(--recent_begin)) --left;
+  }
+  const key_range own = keep.diagonal ? diagonal : key_range{};
+  const auto is_kept = [&](token_t i) {
+    return i < first_end || i >= recent_begin || (i >= own.begin && i < own.end);
   };
   // Stored always and kept where it is a candidate, so that nothing is to be foreseen.
   ranks_.resize(scores.size());
   std::size_t count = 0;
-  index_t nth = 0;
   for (token_t i = 0; i < n; ++i) {
-    const float score = scores[static_cast<std::size_t>(i)];
-    const bool is_legal = score != illegal;
-    ranks_[count] = rank(score, i);
-    count += is_legal && !is_kept(nth, i) ? 1 : 0;
-    nth += is_legal ? 1 : 0;
+    ranks_[count] = rank(scores[static_cast<std::size_t>(i)], i);
+    count += is_legal(i) && !is_kept(i) ? 1 : 0;
   }
   const std::span<std::uint64_t> candidates = std::span(ranks_).first(count);
   const bool inside = keep.counted == protection::counting::inside;
@@ -123,12 +128,11 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   if (rule.amount.by() == budget::kind::coverage) {
     double protected_mass = 0.0;
     double free_mass = 0.0;
-    nth = 0;
     for (token_t i = 0; i < n; ++i) {
       const float score = scores[static_cast<std::size_t>(i)];
       if (score == illegal) continue;
       require(!(score < 0.0f), "selection: coverage needs scores >= 0, unit ", i, " has ", score);
-      (is_kept(nth++, i) ? protected_mass : free_mass) += mass_of(score);
+      (is_kept(i) ? protected_mass : free_mass) += mass_of(score);
     }
     const double all = inside ? protected_mass + free_mass : free_mass;
     const double target = rule.amount.share() * all - (inside ? protected_mass : 0.0);
@@ -139,17 +143,18 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   }
   wanted = std::clamp<index_t>(wanted, 0, free);
   std::uint64_t last = 0;  // rank of the last chosen candidate
+  float least = illegal;   // its score
   if (wanted > 0 && wanted < free) {
     last = detail::nth_largest(candidates, wanted);
+    least = scores[static_cast<std::size_t>(position_of(last))];
   }
   // One ordered pass instead of a sort of what was chosen.
   chosen.clear();
   chosen.reserve(static_cast<std::size_t>(kept + wanted));
-  nth = 0;
   for (token_t i = 0; i < n; ++i) {
     const float score = scores[static_cast<std::size_t>(i)];
-    if (score == illegal) continue;
-    if (is_kept(nth++, i) || (wanted > 0 && rank(score, i) >= last)) chosen.push_back(i);
+    const bool among_best = wanted > 0 && !(score < least) && rank(score, i) >= last;
+    if ((among_best || is_kept(i)) && score != illegal) chosen.push_back(i);
   }
 }
 
