@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Prefill of one sequence, causal, on one thread: 4 query heads on 1 kv head unless the name says
+// Prefill of one sequence, causal: 4 query heads on 1 kv head and one thread unless the name says
 // otherwise (g1: 1 query head). Without a filter, every case of docs/performance.md.
 
 #include <algorithm>
@@ -49,9 +49,9 @@ problem prefill(const extents& e) {
 /// One list for each query head, or one for all.
 workload blocks(token_t size, const std::string& density, bool shared) {
   return {text("block", size, "/density", density, shared ? "/shared" : ""),
-          [=](const attention_shape& s, unsigned seed) {
+          [=](const attention_shape& s) {
             return bench::random_blocks(s, size, size, std::stod(density), shared ? 1 : s.q_heads,
-                                        seed);
+                                        0);
           }};
 }
 
@@ -67,7 +67,7 @@ constexpr slash_kind slash_kinds[] = {
 workload slashes(const slash_kind& kind, bool shared, sattn::plan_options options = {},
                  const std::string& variant = "") {
   return {text("vertical_slash_", kind.name, shared ? "/shared" : "", variant),
-          [=](const attention_shape& s, unsigned) -> sattn::any_pattern {
+          [=](const attention_shape& s) -> sattn::any_pattern {
             const auto of_head = [&](unsigned seed) {
               return bench::random_slashes(s.kv_len, kind.runs, kind.run_size,
                                            std::min(kind.columns, s.kv_len / 2), seed);
@@ -84,15 +84,18 @@ workload slashes(const slash_kind& kind, bool shared, sattn::plan_options option
 
 workload lists(index_t count, bool shared) {
   return {text("token_lists/k", count, shared ? "/shared" : ""),
-          [=](const attention_shape& s, unsigned) {
+          [=](const attention_shape& s) {
             return bench::random_tokens(s, count, shared ? 1 : s.q_heads);
           }};
 }
 
-workload alike_lists(index_t count, const std::string& overlap, bool shared) {
-  return {text("token_lists/k", count, "/overlap", overlap, shared ? "/shared" : ""),
-          [=](const attention_shape& s, unsigned) {
-            return bench::alike_tokens(s, count, std::stod(overlap), shared ? 1 : s.q_heads);
+/// `kind`: overlap, where the rows have a core in common, or drift, where neighbours have.
+workload alike_lists(index_t count, const std::string& kind, const std::string& share,
+                     bool shared) {
+  return {text("token_lists/k", count, '/', kind, share, shared ? "/shared" : ""),
+          [=](const attention_shape& s) {
+            return bench::alike_tokens(s, count, std::stod(share), kind == "overlap",
+                                       shared ? 1 : s.q_heads);
           }};
 }
 
@@ -117,21 +120,30 @@ void add_slashes(const problem& p) {
 
 void add_lists(const problem& p) {
   for (const bool shared : {false, true}) {
-    for (const index_t count : {64, 128, 256, 512, 1024, 2048}) add_case(p, lists(count, shared));
+    for (const index_t count : {64, 128, 256, 512, 1024, 1536, 2048, 4096}) {
+      add_case(p, lists(count, shared));
+    }
     for (const index_t count : {64, 256}) {
       add_case(p, lists(count, shared), rival::rows);
-      for (const char* overlap : {"0.5", "0.75", "0.9"}) {
-        add_case(p, alike_lists(count, overlap, shared));
-        add_case(p, alike_lists(count, overlap, shared), rival::rows);
+      for (const char* kind : {"overlap", "drift"}) {
+        for (const char* share : {"0.75", "0.9"}) {
+          add_case(p, alike_lists(count, kind, share, shared));
+          add_case(p, alike_lists(count, kind, share, shared), rival::rows);
+        }
       }
     }
   }
 }
 
-/// One of each pattern.
+/// Of each pattern, one list per query head and one for all.
 std::vector<workload> samples() {
-  return {bench::dense_workload(),  bench::window_workload(), blocks(64, "0.125", false),
-          slashes(slash_kinds[0], false), slashes(slash_kinds[0], true), lists(256, false)};
+  std::vector<workload> all{bench::dense_workload(), bench::window_workload()};
+  for (const bool shared : {false, true}) {
+    all.push_back(blocks(64, "0.125", shared));
+    for (const slash_kind& kind : slash_kinds) all.push_back(slashes(kind, shared));
+    all.push_back(lists(256, shared));
+  }
+  return all;
 }
 
 void add_smoke() {
@@ -145,11 +157,12 @@ void add_smoke() {
   add_case(p, bench::dense_workload(), rival::ours);
   add_case(p, slashes(slash_kinds[2], false, {.tile_rows = 64, .rounding = sattn::rounding::cover},
                       "/cover64"));
-  add_case(p, alike_lists(64, "0.75", true), rival::rows);
+  add_case(p, alike_lists(64, "overlap", "0.75", true), rival::rows);
+  add_case(p, alike_lists(64, "drift", "0.75", false));
   for (const workload& w : samples()) add_case(p, w, rival::serial);
 }
 
-void add_cases(bool) {
+void add_cases(bool /*long_ones*/) {
   add_smoke();
 
   // Dense: every length, shape and group.
@@ -179,6 +192,9 @@ void add_cases(bool) {
     add_lists(p);
   }
   add_sparse(prefill({.dim = 128, .len = 8192, .group = 1}));
+  for (const char* density : {"0.125", "0.0625"}) {
+    add_case(prefill({.dim = 128, .len = 32768, .group = 1}), blocks(64, density, false));
+  }
 
   // Storage types, threads, memory.
   for (const dtype type : {dtype::f16, dtype::bf16}) {

@@ -34,7 +34,7 @@ FAMILIES = [
     (r"vertical_slash(?:_(\w+))?", "vertical-slash {}", ["#a6761d", "#1b9e77", "#66a61e"]),
     (r"token_lists", "token lists", ["#7b3294"]),
 ]
-MARKERS = "s^DvPX*<>"  # of the variants: shared8, cover, ...
+MARKERS = "s^DvPX*<>"  # of the variants: shared, cover64, ...
 OVER_LIMIT = 1.7  # what is slower than this times the ideal shows in the upper panel alone
 DENSE_MARKERS = "os^DvP"
 DENSE_COLOURS = ["#4292c6", "#08306b", "#1b9e77", "#a6761d", "#7b3294", "#d62728"]
@@ -96,16 +96,16 @@ def read_reports(files):
 def parse_name(name):
     """Returns what a case's name says: problem (such as `prefill f32 g4`), dim, len, family (label,
     index in FAMILIES, kind) or None, variant (what follows the pattern), and words of the name that
-    stand for themselves: dense, eigen, smoke, threads2. None if it is no case of attention."""
+    stand for themselves: dense, eigen, smoke, vs_rows, threads2. None if it is no case of attention."""
     case = {"problem": [], "variant": [], "dim": None, "len": None, "family": None, "words": set()}
     for segment in name.split("/"):
         families = [(label, index, match) for index, (regex, label, _) in enumerate(FAMILIES)
                     if (match := re.fullmatch(regex, segment))]
-        if match := re.fullmatch(r"d(\d+)", segment):
+        if match := re.fullmatch(r"d(\d+)(?:_\d+)?", segment):
             case["dim"] = int(match[1])
         elif match := re.fullmatch(r"n(\d+)", segment):
             case["len"] = int(match[1])
-        elif re.fullmatch(r"dense|eigen|smoke|threads\d+", segment):
+        elif re.fullmatch(r"dense|eigen|smoke|vs_rows|threads\d+", segment):
             case["words"].add(segment)
         elif families and not case["family"]:
             label, index, match = families[0]
@@ -139,7 +139,7 @@ def points_of(cases):
     for name, counters in cases.items():
         case = parse_name(name)
         if case and case["words"] - {"dense"}:
-            continue  # Eigen, two threads, smoke
+            continue  # Eigen, smoke, row by row, two threads
         if case is None:
             unknown.append(name)
         elif case["family"] and counters.get("density", 0) > 0 and relative_time(counters):
@@ -181,6 +181,40 @@ def print_table(cases):
     print("|---|---|---|---|---|---|")
     for name, counters in cases.items():
         print(table_row(name, counters))
+    print_break_even(cases)
+
+
+def break_even(points):
+    """Where a speed-up falls below 1: the density at which it does, between two measured ones on
+    logarithmic axes, or None. `points`: (density, speed-up)."""
+    points = sorted(points)
+    for (x, y), (next_x, next_y) in zip(points, points[1:]):
+        if y >= 1 > next_y:
+            share = math.log(y) / math.log(y / next_y)
+            return x * (next_x / x) ** share
+    return None
+
+
+def print_break_even(cases):
+    """For each series of lists of k tokens: the largest density selected that beats dense attention,
+    and the k of which n keys have that density."""
+    series = {}
+    for name, counters in cases.items():
+        match = re.fullmatch(r"(.*/n(\d+)/token_lists)/k\d+(/shared)?", name)
+        if match and "speedup" in counters:
+            series.setdefault((match[1] + (match[3] or ""), int(match[2])), []).append(counters)
+    if series:
+        print()
+        print("| lists of single rows | break-even, density | k | with planning, density | k |")
+        print("|---|---|---|---|---|")
+    for (name, length), counters in series.items():
+        cells = [name]
+        for key in ("speedup", "speedup_planned"):
+            density = break_even([(c["density_selected"], c[key]) for c in counters])
+            # k keys of every causal row, all of those that have fewer, are 1 - (1 - k / n)^2.
+            k = None if density is None else length * (1 - math.sqrt(1 - density))
+            cells += ["none", ""] if k is None else [f"{density:.2f}", f"{k:,.0f}"]
+        print("| " + " | ".join(cells) + " |")
 
 
 # Plots.

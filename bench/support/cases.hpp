@@ -3,14 +3,17 @@
 // A case is a problem, a workload and a rival. gflops counts the selected pairs, gflops_executed
 // those computed; so does peak_fraction, but for plans of all legal pairs. density is executed /
 // legal pairs, vs_dense = time / (time of dense x density): 1 if skipping costs nothing. speedup is
-// over dense, planning left out; speedup_planned has it in.
+// over dense, planning left out; speedup_planned has it in. Plans are made again into the same
+// memory; plan_first_ms is the first one, into none.
 #pragma once
 
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
+#include <optional>
 #include <sattn/sattn.hpp>
 #include <stdexcept>
 #include <string>
@@ -33,7 +36,7 @@ struct problem {
 
 struct workload {
   std::string name;
-  std::function<sattn::any_pattern(const attention_shape&, unsigned seed)> pattern;
+  std::function<sattn::any_pattern(const attention_shape&)> pattern;
   sattn::plan_options options = {};
 };
 
@@ -96,11 +99,13 @@ inline void report(benchmark::State& state, const problem& p, const timings& t,
 inline void run_case(benchmark::State& state, const problem& p, const workload& w, rival against) {
   session s(p);
   const index_t threads = against == rival::serial ? 2 : 1;
-  sattn::context pool(threads);
+  std::optional<sattn::context> pool;
+  if (threads > 1) pool.emplace(threads);
+  sattn::context& ctx = pool ? *pool : s.ctx;
   sattn::attention_plan dense;
   sattn::attention_plan plan;
-  const sattn::any_pattern pattern = w.pattern(p.shape, 0);
-  s.plan(plan, pattern, w.options);
+  const sattn::any_pattern pattern = w.pattern(p.shape);
+  const double first_plan = seconds_of([&] { s.plan(plan, pattern, w.options); });
   if (against == rival::dense || against == rival::ours) {
     s.plan(dense, sattn::dense{}, {});
   } else if (against == rival::rows) {
@@ -121,8 +126,16 @@ inline void run_case(benchmark::State& state, const problem& p, const workload& 
   if (against == rival::dense) c.plan = [&] { s.plan(plan, pattern, w.options); };
   c.run = [&] {
     if (against == rival::ours) return eigen();
-    s.attend(against == rival::serial ? pool : s.ctx, plan);
+    s.attend(ctx, plan);
   };
+  if (against == rival::serial) {
+    c.reference();
+    const std::vector<float> want = s.t.out;
+    c.run();
+    if (std::memcmp(s.t.out.data(), want.data(), want.size() * sizeof(float)) != 0) {
+      throw std::runtime_error("two threads give other bits than one");
+    }
+  }
   if (against == rival::ours) {
     c.reference();
     const std::vector<float> want = s.t.out;
@@ -141,6 +154,7 @@ inline void run_case(benchmark::State& state, const problem& p, const workload& 
   const timings t = measure(state, c);
   const double ratio = median(t.ratio);
   report(state, p, t, plan.stats(), threads);
+  state.counters["plan_first_ms"] = first_plan * 1e3;
   state.counters["plan_mib"] = static_cast<double>(plan.bytes()) / (1 << 20);
   state.counters["workspace_mib"] = s.workspace_mib(plan, sattn::attention_options{}.pack_bytes);
   state.counters["workspace_unpacked_mib"] = s.workspace_mib(plan, 0);
@@ -166,10 +180,10 @@ inline void add_case(const problem& p, const workload& w, rival against = rival:
 }
 
 inline workload dense_workload() {
-  return {"dense", [](const attention_shape&, unsigned) { return sattn::dense{}; }};
+  return {"dense", [](const attention_shape&) { return sattn::dense{}; }};
 }
 inline workload window_workload(token_t window = 1024) {
-  const auto pattern = [=](const attention_shape&, unsigned) {
+  const auto pattern = [=](const attention_shape&) {
     return sattn::sink{4} | sattn::sliding_window{window};
   };
   return {"window" + std::to_string(window), pattern};

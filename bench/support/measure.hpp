@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Rounds of {probe the machine, time the reference, time the plan, time the run}: whatever is
-// divided by something else was measured in the same phase of a machine that others use too.
+// Rounds of {probe the machine, time the reference, time the plan and the run}: whatever is divided
+// by something else was measured in the same phase of a machine that others use too. The reference
+// goes first in one round and last in the next.
 #pragma once
 
 #include <benchmark/benchmark.h>
@@ -39,9 +40,11 @@ struct timings {
     c.prepare();
     fma_rate.push_back(bench::fma_rate());
     if (c.from_memory) read_rate.push_back(bench::read_rate(c.threads));
-    const double reference = seconds_of(c.reference);
+    const bool reference_first = run.size() % 2 == 0;
+    double reference = reference_first ? seconds_of(c.reference) : 0;
     plan.push_back(seconds_of(c.plan));
     run.push_back(seconds_of(c.run));
+    if (!reference_first) reference = seconds_of(c.reference);
     ratio.push_back(run.back() / reference);
   }
   /// What so many flops or bytes a run are of a rate, round by round: the median.

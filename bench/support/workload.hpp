@@ -129,40 +129,81 @@ inline sattn::vertical_slash random_slashes(index_t kv_len, index_t runs, token_
   return pattern;
 }
 
-/// `count` random legal keys for every query row of every set, unsorted; all keys where there are
-/// no more. Duplicates make some lists a little shorter.
+/// Draws different numbers.
+class distinct_numbers {
+ public:
+  explicit distinct_numbers(index_t limit) : taken_(static_cast<std::size_t>(limit)) {}
+
+  /// Adds `count` numbers of [0, limit) to `out` that are not there from `first` on.
+  void draw(generator& random, index_t count, index_t limit, std::size_t first,
+            std::vector<token_t>& out) {
+    for (std::size_t i = first; i < out.size(); ++i) taken_[at(out[i])] = 1;
+    for (index_t n = 0; n < count; ++n) {
+      token_t number = below(random, limit);
+      while (taken_[at(number)] != 0) number = below(random, limit);
+      taken_[at(number)] = 1;
+      out.push_back(number);
+    }
+    for (std::size_t i = first; i < out.size(); ++i) taken_[at(out[i])] = 0;
+  }
+
+ private:
+  static std::size_t at(token_t number) { return static_cast<std::size_t>(number); }
+  std::vector<std::uint8_t> taken_;
+};
+
+/// `count` different random legal keys for every query row of every set, unsorted; all keys where
+/// there are no more.
 inline sattn::token_lists random_tokens(const attention_shape& shape, index_t count, index_t sets) {
   generator random(1);
+  distinct_numbers numbers(shape.kv_len);
   sattn::token_lists lists{1, {0}, {}, sets};
   for (index_t i = 0; i < sets * shape.q_len; ++i) {
     const index_t legal = shape.position(i % shape.q_len) + 1;
-    for (token_t n = 0; n < std::min(count, legal); ++n) {
-      lists.tokens.push_back(legal <= count ? n : below(random, legal));
+    const std::size_t first = lists.tokens.size();
+    if (legal > count) {
+      numbers.draw(random, count, legal, first, lists.tokens);
+    } else {
+      for (token_t key = 0; key < legal; ++key) lists.tokens.push_back(key);
     }
     lists.indptr.push_back(std::ssize(lists.tokens));
   }
   return lists;
 }
 
-/// A list for every query row and set, in which a share `overlap` of the keys are those of the 16
-/// rows around and the others random; all legal.
+/// The same, but each row keeps a share `overlap` of the keys of the row before it. `core`: always
+/// the same ones, of which each stays for 64 rows, so that rows further apart have almost as many
+/// in common; otherwise any, so that 2 rows have overlap^2 in common, and so on.
 inline sattn::token_lists alike_tokens(const attention_shape& shape, index_t count, double overlap,
-                                       index_t sets) {
+                                       bool core, index_t sets) {
   generator random(1);
+  distinct_numbers numbers(shape.kv_len);
   sattn::token_lists lists{1, {0}, {}, sets};
-  const auto common = static_cast<index_t>(overlap * static_cast<double>(count));
-  std::vector<token_t> shared;
+  const auto kept = static_cast<index_t>(overlap * static_cast<double>(count));
+  std::vector<token_t> common;
   for (index_t i = 0; i < sets * shape.q_len; ++i) {
     const index_t row = i % shape.q_len;
-    if (row % 16 == 0) {
-      shared.clear();
-      for (index_t n = 0; n < common; ++n) {
-        shared.push_back(below(random, shape.position(row) + 1));
+    const index_t legal = shape.position(row) + 1;
+    if (row == 0) common.clear();
+    const std::size_t first = lists.tokens.size();
+    if (legal <= count) {
+      for (token_t key = 0; key < legal; ++key) lists.tokens.push_back(key);
+      common.assign(lists.tokens.end() - std::min(kept, legal), lists.tokens.end());
+    } else {
+      if (core) {
+        // Every 64 rows each place of the core gets a new key once.
+        const index_t out = kept * (row + 1) / 64 - kept * row / 64;
+        common.erase(common.begin(), common.begin() + std::min(out, std::ssize(common)));
+        numbers.draw(random, kept - std::ssize(common), legal, 0, common);
       }
-    }
-    lists.tokens.insert(lists.tokens.end(), shared.begin(), shared.end());
-    for (index_t n = common; n < count; ++n) {
-      lists.tokens.push_back(below(random, shape.position(row) + 1));
+      lists.tokens.insert(lists.tokens.end(), common.begin(), common.end());
+      numbers.draw(random, count - std::ssize(common), legal, first, lists.tokens);
+      if (!core) {
+        common.assign(lists.tokens.begin() + static_cast<std::ptrdiff_t>(first),
+                      lists.tokens.end());
+        std::shuffle(common.begin(), common.end(), random);
+        common.resize(static_cast<std::size_t>(kept));
+      }
     }
     lists.indptr.push_back(std::ssize(lists.tokens));
   }

@@ -78,7 +78,7 @@ TEST(token_lists, count_duplicates_once) {
   EXPECT_EQ(twice.stats().selected, 3);
 }
 
-TEST(token_lists, give_keys_that_all_rows_of_a_tile_share_to_the_tile) {
+TEST(token_lists, give_the_keys_to_the_tile_where_all_rows_have_them_all) {
   // Keys 0 and 1 are in all lists whose rows may see them, key 2 is not; row 16 is a tile of its own.
   token_lists lists{1, {0}, {}};
   for (token_t row = 0; row < 17; ++row) {
@@ -88,9 +88,11 @@ TEST(token_lists, give_keys_that_all_rows_of_a_tile_share_to_the_tile) {
   }
   const attention_plan plan = plan_of(aligned_shape(17, 17), lists);
   EXPECT_EQ(plan.grid().rows, 16);
-  EXPECT_EQ(plan.head(0).ranges, (std::vector<sattn::key_range>{{0, 2}, {0, 2}}));
-  EXPECT_EQ(plan.head(0).row_keys, (std::vector<token_t>{2}));
-  EXPECT_EQ(plan.head(0).row_masks, (std::vector<std::uint16_t>{1u << 9}));
+  EXPECT_EQ(plan.head(0).range_ptr, (std::vector<index_t>{0, 0, 1}));
+  EXPECT_EQ(plan.head(0).ranges, (std::vector<sattn::key_range>{{0, 2}}));
+  EXPECT_EQ(plan.head(0).row_keys, (std::vector<token_t>{0, 1, 2}));
+  EXPECT_EQ(plan.head(0).row_masks, (std::vector<std::uint16_t>{0xffff, 0xfffe, 1u << 9}));
+  EXPECT_EQ(plan.head(0).row_pairs, 16 + 15 + 1);
 }
 
 TEST(token_lists, join_neighbours_to_ranges) {

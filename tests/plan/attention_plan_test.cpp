@@ -474,6 +474,34 @@ std::int64_t count_executed(const attention_plan& plan) {
   return executed;
 }
 
+/// Leaves the masks without rows that may not see the key.
+void clip_row_keys(plan_data& data) {
+  for (plan_head& head : data.heads) {
+    if (head.row_key_ptr.empty()) continue;
+    const plan_head all = head;
+    head.row_keys.clear();
+    head.row_masks.clear();
+    for (std::size_t tile = 0; tile + 1 < all.row_key_ptr.size(); ++tile) {
+      const key_range rows =
+          data.grid.row_range(static_cast<index_t>(tile), data.shape.q_len);
+      head.row_key_ptr[tile] = std::ssize(head.row_keys);
+      for (auto i = static_cast<std::size_t>(all.row_key_ptr[tile]);
+           i < static_cast<std::size_t>(all.row_key_ptr[tile + 1]); ++i) {
+        unsigned mask = all.row_masks[i];
+        for (index_t row = rows.begin; row < rows.end; ++row) {
+          if (!test_support::sees(data.legal, data.shape.q_offset + row, all.row_keys[i])) {
+            mask &= ~(1u << (row - rows.begin));
+          }
+        }
+        if (mask == 0) continue;
+        head.row_keys.push_back(all.row_keys[i]);
+        head.row_masks.push_back(static_cast<std::uint16_t>(mask));
+      }
+    }
+    head.row_key_ptr.back() = std::ssize(head.row_keys);
+  }
+}
+
 TEST(plan_stats, executed_counts_tiles_and_lanes_of_lists) {
   for (int n = 0; n < 500; ++n) {
     const std::uint64_t seed = test_support::test_seed() + static_cast<std::uint64_t>(n);
@@ -481,10 +509,38 @@ TEST(plan_stats, executed_counts_tiles_and_lanes_of_lists) {
     random_source random(seed);
     plan_data data = test_support::random_plan_data(random, 150);
     for (plan_head& head : data.heads) head.distances.clear();
+    clip_row_keys(data);
     const attention_plan plan(data);
-    ASSERT_EQ(plan.stats().executed, plan.has_row_keys() ? count_executed_of_row_keys(plan)
-                                                         : count_executed(plan))
+    ASSERT_EQ(plan.stats().executed, plan.has_row_keys() && plan.layout().single_rows
+                                         ? count_executed_of_row_keys(plan)
+                                         : count_executed(plan))
         << test_support::describe(data);
+  }
+}
+
+TEST(plan_stats, lists_that_overlap_enough_run_as_whole_tiles) {
+  // One tile of 16 rows and 100 keys that have so many rows together: 4.5, 7 and 11.5 a key are
+  // where whole tiles begin to pay.
+  const auto plan_with = [](index_t heads, index_t pairs) {
+    plan_head head;
+    head.row_key_ptr = {0, 100};
+    for (token_t key = 0; key < 100; ++key) {
+      const index_t rows = pairs / 100 + (key < pairs % 100 ? 1 : 0);
+      head.row_keys.push_back(key);
+      head.row_masks.push_back(static_cast<std::uint16_t>((1u << rows) - 1));
+    }
+    return attention_plan(plan_data{
+        .shape = {16, 100, heads, 1, 0}, .legal = domain::full(), .grid = {16, 0}, .heads = {head}});
+  };
+  for (const auto& [heads, pairs] :
+       {std::pair<index_t, index_t>{1, 450}, {2, 700}, {3, 700}, {4, 1150}, {8, 1150}}) {
+    const attention_plan whole = plan_with(heads, pairs);
+    EXPECT_FALSE(whole.layout().single_rows) << heads;
+    EXPECT_EQ(whole.stats().executed, 100 * 16 * heads) << heads;
+    EXPECT_EQ(whole.stats().selected, pairs * heads) << heads;
+    const attention_plan rows = plan_with(heads, pairs - 1);
+    EXPECT_TRUE(rows.layout().single_rows) << heads;
+    EXPECT_EQ(rows.stats().executed, count_executed_of_row_keys(rows)) << heads;
   }
 }
 

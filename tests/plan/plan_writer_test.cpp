@@ -427,7 +427,7 @@ TEST(plan_writer, leaves_nothing_of_what_the_head_held_before) {
                                              .row_masks = {1},
                                              .split_ptr = {0, 1},
                                              .splits = {0}};
-  head.set_distance_bits();
+  head.derive();
   plan_writer first(scope, scratch);
   first.range(0, 2, 5);
   first.columns(1, 2);

@@ -40,9 +40,10 @@ inline index_t pairs_of_a_kv_head(const attention_plan& plan) {
     index_t all_rows = 0;
     for (const key_range& run : h.distances) all_rows += run.size();
     for (const key_range& run : h.columns) all_rows += run.size();
-    index_t in_lists = std::ssize(h.tokens) + std::ssize(h.row_keys);  // of whole tiles
-    for (const key_range& run : h.ranges) in_lists += run.size();
-    pairs += std::min(all_rows, shape.kv_len) * shape.q_len + in_lists * plan.grid().rows;
+    index_t whole_tiles = std::ssize(h.tokens);
+    for (const key_range& run : h.ranges) whole_tiles += run.size();
+    pairs += std::min(all_rows, shape.kv_len) * shape.q_len + whole_tiles * plan.grid().rows +
+             h.row_pairs;
   }
   return plan.heads() == 0 ? 0 : pairs / plan.heads() * shape.group_size();
 }

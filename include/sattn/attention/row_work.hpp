@@ -31,9 +31,7 @@ struct row_work {
         lists_per_kv_head(sharing == 0 ? 0 : s.plan->shape().group_size() / sharing),
         row_keys(s.plan->has_row_keys()) {
     for (index_t list = 0; list < lists; ++list) {
-      for (index_t tile = 0; s.plan->has_splits() && tile < tiles; ++tile) {
-        split_count += s.plan->splits(s.plan->head_of(list * sharing), tile);
-      }
+      split_count += std::ssize(s.plan->head(s.plan->head_of(list * sharing)).splits);
     }
   }
 

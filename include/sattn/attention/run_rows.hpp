@@ -141,24 +141,31 @@ inline void merge_row_splits(const attention_sequence& s, const row_work& work,
   }
 }
 
-/// The (list, tile, split) of a task of a plan with splits, and where its states lie.
+/// The first split of a (list, tile) of a plan with splits, counted over the whole sequence.
+inline index_t first_split(const attention_plan& plan, const row_work& work, index_t list,
+                           index_t tile) {
+  index_t first = 0;
+  for (index_t l = 0; l < list; ++l) {
+    first += std::ssize(plan.head(plan.head_of(l * work.sharing)).splits);
+  }
+  const plan_head& head = plan.head(plan.head_of(list * work.sharing));
+  return first + head.split_ptr[static_cast<std::size_t>(tile)];
+}
+
+/// The (list, tile, split) of a task of a plan with splits.
 struct row_task {
   index_t list = 0;
-  index_t tile = 0;
-  index_t split = 0;
-  index_t first_split = 0;  // of the tile, counted over the whole sequence
+  index_t tile;
+  index_t split;
 
-  row_task(const attention_plan& plan, const row_work& work, index_t split_index) {
-    for (;;) {
-      const index_t count = plan.splits(plan.head_of(list * work.sharing), tile);
-      if (split_index < first_split + count) break;
-      first_split += count;
-      if (++tile == work.tiles) {
-        tile = 0;
-        ++list;
-      }
-    }
-    split = split_index - first_split;
+  row_task(const attention_plan& plan, const row_work& work, index_t task) {
+    const auto head = [&]() -> const plan_head& {
+      return plan.head(plan.head_of(list * work.sharing));
+    };
+    for (; task >= std::ssize(head().splits); ++list) task -= std::ssize(head().splits);
+    const std::vector<index_t>& begins = head().split_ptr;
+    tile = std::upper_bound(begins.begin(), begins.end(), task) - begins.begin() - 1;
+    split = task - begins[static_cast<std::size_t>(tile)];
   }
 };
 
@@ -199,16 +206,9 @@ inline void merge_rows(const attention_sequence& s, const row_work& work,
   const attention_plan& plan = *s.plan;
   const index_t list = task / work.tiles;
   const index_t tile = task % work.tiles;
-  index_t first_split = 0;
-  for (index_t l = 0; l <= list; ++l) {
-    const index_t tiles = l == list ? tile : work.tiles;
-    for (index_t t = 0; t < tiles; ++t) {
-      first_split += plan.splits(plan.head_of(l * work.sharing), t);
-    }
-  }
   merge_row_splits(s, work, logits, kernels, list, tile,
                    plan.splits(plan.head_of(list * work.sharing), tile),
-                   shared + first_split * work.tile_state_floats());
+                   shared + first_split(plan, work, list, tile) * work.tile_state_floats());
 }
 
 }  // namespace sattn::detail

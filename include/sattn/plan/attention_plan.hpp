@@ -2,8 +2,10 @@
 #pragma once
 
 #include <sattn/plan/domain.hpp>
+#include <sattn/plan/row_sharing.hpp>
 #include <sattn/plan/tile_grid.hpp>
 
+#include <bit>
 #include <cstdint>
 #include <span>
 #include <utility>
@@ -42,7 +44,12 @@ struct plan_head {
   // Derived from distances: bit d + distance_bit_offset is set for every selected distance d.
   std::vector<std::uint64_t> distance_bits = {};
 
-  void set_distance_bits() {
+  // Derived from row_masks: how many bits they have.
+  std::int64_t row_pairs = 0;
+
+  void derive() {
+    row_pairs = 0;
+    for (const std::uint16_t mask : row_masks) row_pairs += std::popcount(mask);
     distance_bits.clear();
     if (distances.empty()) return;
     const auto bits = static_cast<std::size_t>(distances.back().end + distance_bit_offset);
@@ -68,6 +75,7 @@ struct plan_head {
     split_ptr.clear();
     splits.clear();
     distance_bits.clear();
+    row_pairs = 0;
   }
 };
 
@@ -139,6 +147,8 @@ class attention_plan {
   bool has_splits() const;
   /// True when some head has keys for single rows.
   bool has_row_keys() const;
+  /// True when their lists overlap so much that whole tiles run faster than rows.
+  bool has_dense_row_keys() const;
 
   /// Pairs legal, selected and executed. Cost: one walk over every tile's keys, a small share of a
   /// run; nothing is cached.
@@ -158,8 +168,8 @@ class attention_plan {
 
 inline lane_layout attention_plan::layout() const {
   lane_layout layout(data_.grid, sharing_heads());
-  // Only row states can be merged, and keys of single rows are gathered for the row kernel.
-  if (has_splits() || has_row_keys()) layout.single_rows = true;
+  // Only row states can be merged, and keys of few rows are gathered for the row kernel.
+  if (has_splits() || (has_row_keys() && !has_dense_row_keys())) layout.single_rows = true;
   return layout;
 }
 
@@ -172,6 +182,16 @@ inline bool attention_plan::has_row_keys() const {
     if (!head(i).row_keys.empty()) return true;
   }
   return false;
+}
+
+inline bool attention_plan::has_dense_row_keys() const {
+  std::int64_t pairs = 0;
+  std::int64_t keys = 0;
+  for (index_t i = 0; i < heads(); ++i) {
+    pairs += head(i).row_pairs;
+    keys += std::ssize(head(i).row_keys);
+  }
+  return keys > 0 && row_sharing::whole_tiles_pay(sharing_heads(), pairs, keys);
 }
 
 inline index_t attention_plan::splits(index_t head_index, index_t tile) const {

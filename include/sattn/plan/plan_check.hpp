@@ -118,7 +118,7 @@ inline void attention_plan::validate() const {
 inline attention_plan::attention_plan(plan_data data) : data_(std::move(data)) {
   validate();  // first: the bits are as many as the distances say
   data_.heads.resize(static_cast<std::size_t>(heads()));
-  for (plan_head& h : data_.heads) h.set_distance_bits();
+  for (plan_head& h : data_.heads) h.derive();
 }
 
 inline plan_stats attention_plan::stats() const {
@@ -167,7 +167,7 @@ inline plan_stats attention_plan::stats() const {
     const index_t lane_rows = blocks * lane_layout::lanes;
     if (has_splits() && has_row_keys()) {
       stats.executed += selected * heads_of_list;
-    } else if (has_row_keys()) {
+    } else if (has_row_keys() && lanes.single_rows) {
       stats.executed += (shared_keys * lane_layout::lanes + single_rows) * heads_of_list;
     } else {
       stats.executed += lanes.single_rows ? executed_rows * heads_of_list

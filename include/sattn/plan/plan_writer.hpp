@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sattn/plan/attention_plan.hpp>
+#include <sattn/plan/plan_scope.hpp>
 
 #include <algorithm>
 #include <bit>
@@ -14,41 +15,6 @@
 #include <vector>
 
 namespace sattn {
-
-/// What a pattern is asked for: the keys of one plan head.
-struct plan_scope {
-  attention_shape shape = {};
-  domain legal = {};
-  tile_grid grid = {};
-  head_map map = head_map::shared;
-  index_t head = 0;  // plan head
-
-  index_t kv_head() const {
-    if (map == head_map::per_q_head) return head / shape.group_size();
-    return map == head_map::per_kv_head ? head : 0;
-  }
-
-  /// Which of `count` sets of data belongs to this plan head: the only one, the one of the kv head,
-  /// or the one of the query head. Throws: shape_error if there is not one for each.
-  index_t pick(index_t count) const {
-    if (count == 1) return 0;
-    if (map == head_map::per_q_head && count == shape.q_heads) return head;
-    require(map != head_map::shared && count == shape.kv_heads,
-            "plan: a part of the pattern holds ", count, " sets of data for ", shape.q_heads,
-            " q heads and ", shape.kv_heads, " kv heads");
-    return kv_head();
-  }
-
-  index_t tiles() const { return grid.tiles(shape.q_len); }
-  /// Query rows [begin, end) of a tile.
-  key_range rows(index_t tile) const { return grid.row_range(tile, shape.q_len); }
-  /// Keys that at least one row of the tile may see.
-  key_range visible(index_t tile) const {
-    const key_range r = rows(tile);
-    return {legal.legal(shape.position(r.begin), shape.kv_len).begin,
-            legal.legal(shape.position(r.end - 1), shape.kv_len).end};
-  }
-};
 
 /// Grow-only lists that planning needs; one per worker, kept from plan to plan.
 struct plan_scratch {
@@ -205,6 +171,7 @@ inline void plan_writer::finish(plan_head& head) {
       head.columns.push_back({0, static_cast<token_t>(scope_.shape.kv_len)});
     }
   }
+  head.derive();
 }
 
 inline void plan_writer::finish_structure(plan_head& head) {
@@ -218,7 +185,6 @@ inline void plan_writer::finish_structure(plan_head& head) {
   merge_sorted(head.distances);
   head.columns.assign(scratch_.columns.begin(), scratch_.columns.end());
   merge_sorted(head.columns);
-  head.set_distance_bits();
 }
 
 inline void plan_writer::finish_lists(plan_head& head) {
@@ -297,12 +263,14 @@ inline void plan_writer::open(index_t tile) {
   scratch_.open_tile = tile;
 }
 
-/// Moves the open tile's keys to the end of the lists, ascending, and those that all rows have that
-/// may see them to the entries.
+/// Moves the open tile's keys to the end of the lists, ascending; to the entries if all rows have
+/// them that may see them, every one.
 inline void plan_writer::leave_tile() {
   const index_t tile = scratch_.open_tile;
   if (tile < 0) return;
-  scratch_.row_runs.push_back({tile, std::ssize(scratch_.row_keys)});
+  const std::size_t first = scratch_.row_keys.size();
+  scratch_.row_runs.push_back({tile, static_cast<index_t>(first)});
+  bool whole = true;
   const key_range rows = scope_.rows(tile);
   const token_t top = scope_.shape.position(rows.begin);
   const std::size_t words = static_cast<std::size_t>(scope_.shape.kv_len) / 64 + 1;
@@ -314,13 +282,17 @@ inline void plan_writer::leave_tile() {
           std::exchange(scratch_.mask_of_key[static_cast<std::size_t>(key)], std::uint16_t{0}) &
           see;
       if (mask == 0) continue;
-      if (mask == see) {
-        scratch_.entries.push_back({tile, {key, key + 1}});
-      } else {
-        scratch_.row_keys.push_back(key);
-        scratch_.row_masks.push_back(static_cast<std::uint16_t>(mask));
-      }
+      whole &= mask == see;
+      scratch_.row_keys.push_back(key);
+      scratch_.row_masks.push_back(static_cast<std::uint16_t>(mask));
     }
+  }
+  if (whole) {
+    for (std::size_t i = first; i < scratch_.row_keys.size(); ++i) {
+      scratch_.entries.push_back({tile, {scratch_.row_keys[i], scratch_.row_keys[i] + 1}});
+    }
+    scratch_.row_keys.resize(first);
+    scratch_.row_masks.resize(first);
   }
   scratch_.open_tile = -1;  // last: until here a failed allocation leaves marks to clean up
 }

@@ -3,6 +3,8 @@
 
 #include <sattn/core/types.hpp>
 
+#include <cstdint>
+
 namespace sattn {
 
 /// Which keys of a tile whose rows have lists of their own run in the tile kernel, for all 16 lanes,
@@ -12,6 +14,13 @@ namespace sattn {
 class row_sharing {
  public:
   explicit row_sharing(index_t heads) : least_rows_(heads >= 4 ? 7 : heads >= 2 ? 5 : 4) {}
+
+  /// Whether lists overlap so much, on average over a plan, that the tile kernel takes whole tiles
+  /// sooner than any division: from 4.5 rows a key, 7 where two heads share the lists, 11.5 where
+  /// four do (docs/performance.md).
+  static bool whole_tiles_pay(index_t heads, std::int64_t pairs, std::int64_t keys) {
+    return 2 * pairs >= (heads >= 4 ? 23 : heads >= 2 ? 14 : 9) * keys;
+  }
 
   /// Whether a key that this many rows attend to may go to the tile.
   bool shared(index_t rows) const { return rows >= least_rows_; }
