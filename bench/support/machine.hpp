@@ -9,7 +9,7 @@
 #include <chrono>
 #include <cstddef>
 #include <fstream>
-#include <sattn/kernel/kernel_table_impl.hpp>
+#include <sattn/kernel/kernel_table.hpp>
 #include <sattn/parallel/thread_pool.hpp>
 #include <sattn/simd/vec.hpp>
 #include <string>

@@ -9,6 +9,7 @@
 #include "report.hpp"
 
 #include <sattn/sattn.hpp>
+#include <sattn/simd/cpu.hpp>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
