@@ -6,7 +6,7 @@ set -euo pipefail
 
 demo=(g++ cmake ninja-build libxsimd-dev nlohmann-json3-dev libcli11-dev libstb-dev)
 test=("${demo[@]}" python3 googletest libeigen3-dev libbenchmark-dev)
-ci=("${test[@]}" clang-14 clang-19 valgrind)
+ci=("${test[@]}" clang-14 clang-19 python3-pip valgrind)
 
 case "${1:-}" in
   demo) packages=("${demo[@]}") ;;
