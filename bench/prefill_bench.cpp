@@ -136,20 +136,21 @@ void add_lists(const problem& p) {
 }
 
 /// Of each pattern, one list per query head and one for all.
-std::vector<workload> samples() {
-  std::vector<workload> all{bench::dense_workload(), bench::window_workload()};
+std::vector<workload> samples(token_t window = 1024, index_t tokens = 256) {
+  std::vector<workload> all{bench::dense_workload(), bench::window_workload(window)};
   for (const bool shared : {false, true}) {
     all.push_back(blocks(64, "0.125", shared));
     for (const slash_kind& kind : slash_kinds) all.push_back(slashes(kind, shared));
-    all.push_back(lists(256, shared));
+    all.push_back(lists(tokens, shared));
   }
   return all;
 }
 
 void add_smoke() {
+  const std::vector<workload> small = samples(64, 32);
   for (const dtype type : {dtype::f32, dtype::f16, dtype::bf16}) {
     const problem p = prefill({.dim = 64, .len = 256, .type = type, .smoke = true});
-    for (const workload& w : samples()) {
+    for (const workload& w : small) {
       add_case(p, w, type == dtype::f32 ? rival::dense : rival::f32);
     }
   }
@@ -159,7 +160,7 @@ void add_smoke() {
                       "/cover64"));
   add_case(p, alike_lists(64, "overlap", "0.75", true), rival::rows);
   add_case(p, alike_lists(64, "drift", "0.75", false));
-  for (const workload& w : samples()) add_case(p, w, rival::serial);
+  for (const workload& w : small) add_case(p, w, rival::serial);
 }
 
 void add_cases(bool /*long_ones*/) {

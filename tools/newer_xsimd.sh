@@ -6,10 +6,10 @@
 #                                          Python package pythran 0.19.0 carries it
 # SATTN_JOBS sets the number of parallel compilations.
 set -euo pipefail
+headers=${1:+$(realpath "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=$PWD/build/newer_xsimd
 
-headers=${1:-}
 if [[ -z ${headers} ]]; then
   headers=${build}/pythran
   if [[ ! -e ${headers}/xsimd/xsimd.hpp ]]; then
@@ -21,14 +21,20 @@ if [[ -z ${headers} ]]; then
     python3 -m zipfile -e "${build}"/pythran-0.19.0-*.whl "${build}"
   fi
 fi
-headers=$(realpath "${headers}")
 if [[ ! -e ${headers}/xsimd/xsimd.hpp ]]; then
   echo "newer_xsimd: no xsimd/xsimd.hpp in ${headers}" >&2
   exit 1
 fi
 
+export CPATH=${headers}
+grep VERSION "${headers}/xsimd/config/xsimd_config.hpp" | grep define
+used=$(echo '#include <xsimd/config/xsimd_config.hpp>' | g++ -E -x c++ - | grep -c "${headers}") || true
+if ((used == 0)); then
+  echo "newer_xsimd: the compiler finds another xsimd" >&2
+  exit 1
+fi
 echo "newer_xsimd: assembly of the hot loops"
-CPATH=${headers} python3 tools/check_asm.py --require g++-12 clang++-19
+python3 tools/check_asm.py --require g++-12 clang++-19
 echo "newer_xsimd: tests"
 cmake -S . -B "${build}/tests" -G Ninja -DCMAKE_BUILD_TYPE=Release -DSATTN_WERROR=ON \
   "-DXsimdHeaders_INCLUDE_DIR=${headers}" -DSATTN_BUILD_BENCH=OFF -DSATTN_BUILD_EXAMPLES=OFF

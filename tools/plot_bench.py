@@ -34,7 +34,7 @@ FAMILIES = [
     (r"vertical_slash(?:_(\w+))?", "vertical-slash {}", ["#a6761d", "#1b9e77", "#66a61e"]),
     (r"token_lists", "token lists", ["#7b3294"]),
 ]
-MARKERS = "s^DvPX*<>"  # of the variants: shared, cover64, ...
+MARKERS = "s^DvPX*<>ph"  # of the variants: shared, cover64, ...
 OVER_LIMIT = 1.7  # what is slower than this times the ideal shows in the upper panel alone
 DENSE_MARKERS = "os^DvP"
 DENSE_COLOURS = ["#4292c6", "#08306b", "#1b9e77", "#a6761d", "#7b3294", "#d62728"]
@@ -185,19 +185,20 @@ def print_table(cases):
 
 
 def break_even(points):
-    """Where a speed-up falls below 1: the density at which it does, between two measured ones on
-    logarithmic axes, or None. `points`: (density, speed-up)."""
+    """The density at which a speed-up falls below 1 for the first time, between two measured ones on
+    logarithmic axes; the first or last one measured if it never was above or never falls below.
+    `points`: (density, speed-up)."""
     points = sorted(points)
     for (x, y), (next_x, next_y) in zip(points, points[1:]):
         if y >= 1 > next_y:
             share = math.log(y) / math.log(y / next_y)
-            return x * (next_x / x) ** share
-    return None
+            return "", x * (next_x / x) ** share
+    return ("below ", points[0][0]) if points[0][1] < 1 else ("above ", points[-1][0])
 
 
 def print_break_even(cases):
-    """For each series of lists of k tokens: the largest density selected that beats dense attention,
-    and the k of which n keys have that density."""
+    """For each series of lists of k tokens: up to which density selected they beat dense attention,
+    and the k that has that density."""
     series = {}
     for name, counters in cases.items():
         match = re.fullmatch(r"(.*/n(\d+)/token_lists)/k\d+(/shared)?", name)
@@ -210,10 +211,10 @@ def print_break_even(cases):
     for (name, length), counters in series.items():
         cells = [name]
         for key in ("speedup", "speedup_planned"):
-            density = break_even([(c["density_selected"], c[key]) for c in counters])
+            bound, density = break_even([(c["density_selected"], c[key]) for c in counters])
             # k keys of every causal row, all of those that have fewer, are 1 - (1 - k / n)^2.
-            k = None if density is None else length * (1 - math.sqrt(1 - density))
-            cells += ["none", ""] if k is None else [f"{density:.2f}", f"{k:,.0f}"]
+            k = length * (1 - math.sqrt(1 - density))
+            cells += [f"{bound}{density:.2f}", f"{bound}{k:,.0f}"]
         print("| " + " | ".join(cells) + " |")
 
 

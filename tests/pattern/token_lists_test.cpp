@@ -92,7 +92,7 @@ TEST(token_lists, give_the_keys_to_the_tile_where_all_rows_have_them_all) {
   EXPECT_EQ(plan.head(0).ranges, (std::vector<sattn::key_range>{{0, 2}}));
   EXPECT_EQ(plan.head(0).row_keys, (std::vector<token_t>{0, 1, 2}));
   EXPECT_EQ(plan.head(0).row_masks, (std::vector<std::uint16_t>{0xffff, 0xfffe, 1u << 9}));
-  EXPECT_EQ(plan.head(0).row_pairs, 16 + 15 + 1);
+  EXPECT_EQ(plan.head(0).row_pairs(), 16 + 15 + 1);
 }
 
 TEST(token_lists, join_neighbours_to_ranges) {

@@ -230,6 +230,8 @@ TEST(attention_plan, refuses_broken_row_keys) {
       {[](plan_data& d) { d.heads[1].row_masks[0] = 0; }, {"row key 7", "mask 0"}},
       // The last tile has two rows.
       {[](plan_data& d) { d.heads[1].row_masks[2] = 0b100; }, {"row key 4", "mask 4 for 2 rows"}},
+      // Its first row stands before the key, its second at it.
+      {[](plan_data& d) { d.heads[1].row_keys[2] = 19; }, {"row key 19", "mask 1", "rows 2 may see"}},
   });
 }
 
@@ -474,34 +476,6 @@ std::int64_t count_executed(const attention_plan& plan) {
   return executed;
 }
 
-/// Leaves the masks without rows that may not see the key.
-void clip_row_keys(plan_data& data) {
-  for (plan_head& head : data.heads) {
-    if (head.row_key_ptr.empty()) continue;
-    const plan_head all = head;
-    head.row_keys.clear();
-    head.row_masks.clear();
-    for (std::size_t tile = 0; tile + 1 < all.row_key_ptr.size(); ++tile) {
-      const key_range rows =
-          data.grid.row_range(static_cast<index_t>(tile), data.shape.q_len);
-      head.row_key_ptr[tile] = std::ssize(head.row_keys);
-      for (auto i = static_cast<std::size_t>(all.row_key_ptr[tile]);
-           i < static_cast<std::size_t>(all.row_key_ptr[tile + 1]); ++i) {
-        unsigned mask = all.row_masks[i];
-        for (index_t row = rows.begin; row < rows.end; ++row) {
-          if (!test_support::sees(data.legal, data.shape.q_offset + row, all.row_keys[i])) {
-            mask &= ~(1u << (row - rows.begin));
-          }
-        }
-        if (mask == 0) continue;
-        head.row_keys.push_back(all.row_keys[i]);
-        head.row_masks.push_back(static_cast<std::uint16_t>(mask));
-      }
-    }
-    head.row_key_ptr.back() = std::ssize(head.row_keys);
-  }
-}
-
 TEST(plan_stats, executed_counts_tiles_and_lanes_of_lists) {
   for (int n = 0; n < 500; ++n) {
     const std::uint64_t seed = test_support::test_seed() + static_cast<std::uint64_t>(n);
@@ -509,7 +483,6 @@ TEST(plan_stats, executed_counts_tiles_and_lanes_of_lists) {
     random_source random(seed);
     plan_data data = test_support::random_plan_data(random, 150);
     for (plan_head& head : data.heads) head.distances.clear();
-    clip_row_keys(data);
     const attention_plan plan(data);
     ASSERT_EQ(plan.stats().executed, plan.has_row_keys() && plan.layout().single_rows
                                          ? count_executed_of_row_keys(plan)
@@ -519,28 +492,53 @@ TEST(plan_stats, executed_counts_tiles_and_lanes_of_lists) {
 }
 
 TEST(plan_stats, lists_that_overlap_enough_run_as_whole_tiles) {
-  // One tile of 16 rows and 100 keys that have so many rows together: 4.5, 7 and 11.5 a key are
-  // where whole tiles begin to pay.
-  const auto plan_with = [](index_t heads, index_t pairs) {
-    plan_head head;
-    head.row_key_ptr = {0, 100};
-    for (token_t key = 0; key < 100; ++key) {
-      const index_t rows = pairs / 100 + (key < pairs % 100 ? 1 : 0);
-      head.row_keys.push_back(key);
-      head.row_masks.push_back(static_cast<std::uint16_t>((1u << rows) - 1));
-    }
-    return attention_plan(plan_data{
-        .shape = {16, 100, heads, 1, 0}, .legal = domain::full(), .grid = {16, 0}, .heads = {head}});
+  // One tile of so many rows, and keys that some number of its rows have. A key of r rows costs r
+  // fourths (fifths, sevenths) of a tile's key row by row if each head (2 or 3, 4 or more heads) has
+  // a list of its own, and dividing costs 19 % (4 %, nothing) on top.
+  struct test_case {
+    index_t heads;
+    token_t tile_rows;
+    std::vector<std::pair<index_t, index_t>> keys;  // (count, rows of each)
+    bool whole;
   };
-  for (const auto& [heads, pairs] :
-       {std::pair<index_t, index_t>{1, 450}, {2, 700}, {3, 700}, {4, 1150}, {8, 1150}}) {
-    const attention_plan whole = plan_with(heads, pairs);
-    EXPECT_FALSE(whole.layout().single_rows) << heads;
-    EXPECT_EQ(whole.stats().executed, 100 * 16 * heads) << heads;
-    EXPECT_EQ(whole.stats().selected, pairs * heads) << heads;
-    const attention_plan rows = plan_with(heads, pairs - 1);
-    EXPECT_TRUE(rows.layout().single_rows) << heads;
-    EXPECT_EQ(rows.stats().executed, count_executed_of_row_keys(rows)) << heads;
+  const test_case cases[] = {
+      {1, 16, {{100, 16}, {64, 1}}, false},  // 100 + 16 keys' worth x 1.19 against 164
+      {1, 16, {{100, 16}, {25, 1}}, true},   // 106.25 x 1.19 = 126.4 against 125
+      {1, 16, {{100, 16}, {28, 1}}, false},  // 107 x 1.19 = 127.3 against 128
+      {1, 16, {{100, 3}}, false},            // 75 x 1.19
+      {1, 16, {{100, 4}}, true},
+      {1, 16, {{57, 16}, {110, 1}}, false},  // a core that all rows have, and keys of their own
+      {2, 16, {{100, 5}, {4, 1}}, true},     // 100.8 x 1.04 = 104.8 against 104
+      {2, 16, {{100, 5}, {6, 1}}, false},
+      {3, 16, {{100, 5}, {4, 1}}, true},
+      {4, 16, {{100, 7}}, true},
+      {4, 16, {{100, 7}, {1, 6}}, false},
+      {4, 4, {{100, 2}}, true},   // 4 heads share the lanes: 4 x 200 / 7 against 100
+      {4, 4, {{100, 1}}, false},  // 57 against 100
+      {2, 8, {{100, 5}}, true},
+  };
+  for (const test_case& c : cases) {
+    plan_head head;
+    for (const auto& [count, rows] : c.keys) {
+      for (index_t i = 0; i < count; ++i) {
+        head.row_keys.push_back(static_cast<token_t>(head.row_keys.size()));
+        head.row_masks.push_back(static_cast<std::uint16_t>((1u << rows) - 1));
+      }
+    }
+    const index_t keys = std::ssize(head.row_keys);
+    head.row_key_ptr = {0, keys};
+    const attention_plan plan(plan_data{.shape = {c.tile_rows, keys, c.heads, 1, 0},
+                                        .legal = domain::full(),
+                                        .grid = {c.tile_rows, 0},
+                                        .heads = {head}});
+    const std::string what = "case " + std::to_string(&c - cases);
+    EXPECT_EQ(plan.has_dense_row_keys(), c.whole) << what;
+    EXPECT_EQ(plan.layout().single_rows,
+              !c.whole || sattn::lane_layout(plan.grid(), c.heads).single_rows)
+        << what;
+    EXPECT_EQ(plan.stats().executed,
+              plan.layout().single_rows ? count_executed_of_row_keys(plan) : count_executed(plan))
+        << what;
   }
 }
 

@@ -222,6 +222,8 @@ inline std::vector<std::pair<std::string, sattn::attention_plan>> every_kind_of_
   add("blocks", plan_prefill(ctx, shape, blocks.pattern));
   add("row lists", plan_prefill(ctx, shape, lists.pattern));
   add("row lists that share keys", plan_prefill(ctx, shape, alike));
+  add("row lists that share almost all keys",
+      plan_prefill(ctx, shape, alike_lists(random, shape, shape.kv_len, 0), {.tile_rows = 8}));
   add("splits of row lists that share keys", plan_decode(ctx, shape, alike, {.split_keys = 9}));
   add("splits", plan_decode(ctx, shape, dense{}, {.split_keys = 11}));
   add("splits of row lists", plan_decode(ctx, shape, lists.pattern, {.split_keys = 7}));

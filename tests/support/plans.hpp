@@ -151,15 +151,17 @@ inline void add_random_list(sattn::plan_head& head, random_source& random, index
 }
 
 /// Keys of one tile that some of its rows attend to: few of them, about half, or any.
-inline void add_random_row_keys(sattn::plan_head& head, random_source& random, index_t kv_len,
-                                index_t rows) {
+inline void add_random_row_keys(sattn::plan_head& head, random_source& random,
+                                const sattn::plan_data& data, index_t tile) {
+  const index_t kv_len = data.shape.kv_len;
+  const sattn::key_range rows = data.grid.row_range(tile, data.shape.q_len);
   const index_t gap = random.pick<index_t>({1, 1, 4, 60, 400});
   const index_t kind = random.integer(0, 3);
   for (index_t key = random.integer(0, gap); key < kv_len; key += random.integer(1, gap + 1)) {
     unsigned mask = 0;
-    for (index_t row = 0; row < rows; ++row) {
+    for (index_t row = rows.begin; row < rows.end; ++row) {
       const bool chosen = kind == 0 ? random.integer(0, 10) == 0 : random.integer(0, 4) >= kind;
-      if (chosen) mask |= 1u << row;
+      if (chosen && sees(data.legal, data.shape.q_offset + row, key)) mask |= 1u << (row - rows.begin);
     }
     if (mask == 0) continue;
     head.row_keys.push_back(static_cast<token_t>(key));
@@ -169,7 +171,8 @@ inline void add_random_row_keys(sattn::plan_head& head, random_source& random, i
 
 inline sattn::plan_head random_plan_head(random_source& random, const sattn::plan_data& data) {
   const index_t kv_len = data.shape.kv_len;
-  const index_t positions = std::max<index_t>(data.shape.q_offset + data.shape.q_len, 0);
+  index_t positions = std::max<index_t>(data.shape.q_offset + data.shape.q_len, 0);
+  if (data.legal.window > 0) positions = std::min<index_t>(positions, data.legal.window);
   sattn::plan_head head;
   const index_t gap = random.pick<index_t>({2, 20, 120, 400});
   if (random.integer(0, 3) != 0) head.distances = random_ranges(random, positions, gap);
@@ -186,8 +189,7 @@ inline sattn::plan_head random_plan_head(random_source& random, const sattn::pla
   if (data.grid.rows <= 16 && random.integer(0, 2) != 0) {
     head.row_key_ptr.push_back(0);
     for (index_t tile = 0; tile < data.grid.tiles(data.shape.q_len); ++tile) {
-      add_random_row_keys(head, random, kv_len,
-                          data.grid.row_range(tile, data.shape.q_len).size());
+      add_random_row_keys(head, random, data, tile);
       head.row_key_ptr.push_back(std::ssize(head.row_keys));
     }
   }

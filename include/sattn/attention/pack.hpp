@@ -34,16 +34,17 @@ struct kv_rows {
 /// Pairs of the query rows and heads of one kv head with keys, at most; on average over kv heads.
 inline index_t pairs_of_a_kv_head(const attention_plan& plan) {
   const attention_shape& shape = plan.shape();
+  const bool single_rows = plan.layout().single_rows;
   index_t pairs = 0;
   for (index_t i = 0; i < plan.heads(); ++i) {
     const plan_head& h = plan.head(i);
     index_t all_rows = 0;
     for (const key_range& run : h.distances) all_rows += run.size();
     for (const key_range& run : h.columns) all_rows += run.size();
-    index_t whole_tiles = std::ssize(h.tokens);
+    index_t whole_tiles = std::ssize(h.tokens) + (single_rows ? 0 : std::ssize(h.row_keys));
     for (const key_range& run : h.ranges) whole_tiles += run.size();
     pairs += std::min(all_rows, shape.kv_len) * shape.q_len + whole_tiles * plan.grid().rows +
-             h.row_pairs;
+             (single_rows ? h.row_pairs() : 0);
   }
   return plan.heads() == 0 ? 0 : pairs / plan.heads() * shape.group_size();
 }

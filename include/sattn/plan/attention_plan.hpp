@@ -20,7 +20,7 @@ enum class rounding { exact, cover };
 // A tile of 128 rows asks for distances down to -127 when keys may lie ahead of the query.
 inline constexpr index_t distance_bit_offset = 128;
 
-/// The keys of one plan head: the union of two encodings, either of which may be empty.
+/// The keys of one plan head: the union of three encodings, any of which may be empty.
 struct plan_head {
   // Structured, for every row alike; O(1) for dense and windows, O(runs) for vertical-slash.
   std::vector<key_range> distances = {};  // sorted runs of position - key, disjoint and not touching
@@ -32,7 +32,7 @@ struct plan_head {
   std::vector<index_t> token_ptr = {};
   std::vector<token_t> tokens = {};  // sorted per tile; single keys, to be stored in 4 bytes
 
-  // Keys that only some rows of a tile attend to, CSR over the tiles; tiles have at most 16 rows.
+  // Keys with the rows of a tile that attend to them, CSR over the tiles; tiles have at most 16 rows.
   std::vector<index_t> row_key_ptr = {};
   std::vector<token_t> row_keys = {};          // sorted per tile
   std::vector<std::uint16_t> row_masks = {};   // for each of them: bit r = row r of the tile
@@ -44,12 +44,22 @@ struct plan_head {
   // Derived from distances: bit d + distance_bit_offset is set for every selected distance d.
   std::vector<std::uint64_t> distance_bits = {};
 
-  // Derived from row_masks: how many bits they have.
-  std::int64_t row_pairs = 0;
+  // Derived from row_masks: how many have how many bits.
+  row_sharing::histogram keys_of_rows = {};
+
+  std::int64_t row_pairs() const {
+    std::int64_t pairs = 0;
+    for (std::size_t rows = 0; rows < keys_of_rows.size(); ++rows) {
+      pairs += keys_of_rows[rows] * static_cast<std::int64_t>(rows);
+    }
+    return pairs;
+  }
 
   void derive() {
-    row_pairs = 0;
-    for (const std::uint16_t mask : row_masks) row_pairs += std::popcount(mask);
+    keys_of_rows = {};
+    for (const std::uint16_t mask : row_masks) {
+      ++keys_of_rows[static_cast<std::size_t>(std::popcount(mask))];
+    }
     distance_bits.clear();
     if (distances.empty()) return;
     const auto bits = static_cast<std::size_t>(distances.back().end + distance_bit_offset);
@@ -75,7 +85,7 @@ struct plan_head {
     split_ptr.clear();
     splits.clear();
     distance_bits.clear();
-    row_pairs = 0;
+    keys_of_rows = {};
   }
 };
 
@@ -147,7 +157,7 @@ class attention_plan {
   bool has_splits() const;
   /// True when some head has keys for single rows.
   bool has_row_keys() const;
-  /// True when their lists overlap so much that whole tiles run faster than rows.
+  /// True when these keys overlap so much that whole tiles run faster than single rows.
   bool has_dense_row_keys() const;
 
   /// Pairs legal, selected and executed. Cost: one walk over every tile's keys, a small share of a
@@ -185,13 +195,14 @@ inline bool attention_plan::has_row_keys() const {
 }
 
 inline bool attention_plan::has_dense_row_keys() const {
-  std::int64_t pairs = 0;
-  std::int64_t keys = 0;
+  row_sharing::histogram keys_of_rows = {};
   for (index_t i = 0; i < heads(); ++i) {
-    pairs += head(i).row_pairs;
-    keys += std::ssize(head(i).row_keys);
+    for (std::size_t rows = 0; rows < keys_of_rows.size(); ++rows) {
+      keys_of_rows[rows] += head(i).keys_of_rows[rows];
+    }
   }
-  return keys > 0 && row_sharing::whole_tiles_pay(sharing_heads(), pairs, keys);
+  return row_sharing::whole_tiles_pay(keys_of_rows, sharing_heads(),
+                                      lane_layout(data_.grid, sharing_heads()).heads);
 }
 
 inline index_t attention_plan::splits(index_t head_index, index_t tile) const {

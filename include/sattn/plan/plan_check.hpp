@@ -55,7 +55,8 @@ inline void attention_plan::validate() const {
   require(static_cast<index_t>(data_.heads.size()) >= heads(), "plan: ", data_.heads.size(),
           " heads, expected ", heads());
   const index_t kv_len = data_.shape.kv_len;
-  const index_t distances = std::max<index_t>(index_t{data_.shape.q_offset} + data_.shape.q_len, 0);
+  index_t distances = std::max<index_t>(index_t{data_.shape.q_offset} + data_.shape.q_len, 0);
+  if (data_.legal.window > 0) distances = std::min<index_t>(distances, data_.legal.window);
   for (index_t i = 0; i < heads(); ++i) {
     const plan_head& h = head(i);
     detail::check_ranges("distances", i, h.distances, 0, std::ssize(h.distances), distances);
@@ -97,6 +98,10 @@ inline void attention_plan::validate() const {
                   " in tile ", t, " of head ", i, ", kv_len is ", kv_len);
           require(mask != 0 && mask >> rows == 0, "plan: row key ", key, " in tile ", t,
                   " of head ", i, " has mask ", mask, " for ", rows, " rows");
+          const unsigned see = data_.legal.rows_that_see(
+              key, data_.shape.position(data_.grid.row_range(t, data_.shape.q_len).begin), rows);
+          require((mask & ~see) == 0, "plan: row key ", key, " in tile ", t, " of head ", i,
+                  " has mask ", mask, ", of whose rows ", see, " may see it");
           previous = key;
         }
       }

@@ -163,7 +163,7 @@ inline void plan_writer::merge_sorted(std::vector<key_range>& ranges) {
 inline void plan_writer::finish(plan_head& head) {
   head.clear();
   finish_structure(head);
-  finish_row_keys(head);  // gives keys that all rows have to the lists
+  finish_row_keys(head);  // gives tiles whose rows have the same keys to the lists
   finish_lists(head);
   if (is_dense(head)) {
     head.clear();

@@ -3,6 +3,8 @@
 
 #include <sattn/core/types.hpp>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 
 namespace sattn {
@@ -15,11 +17,25 @@ class row_sharing {
  public:
   explicit row_sharing(index_t heads) : least_rows_(heads >= 4 ? 7 : heads >= 2 ? 5 : 4) {}
 
-  /// Whether lists overlap so much, on average over a plan, that the tile kernel takes whole tiles
-  /// sooner than any division: from 4.5 rows a key, 7 where two heads share the lists, 11.5 where
-  /// four do (docs/performance.md).
-  static bool whole_tiles_pay(index_t heads, std::int64_t pairs, std::int64_t keys) {
-    return 2 * pairs >= (heads >= 4 ? 23 : heads >= 2 ? 14 : 9) * keys;
+  /// How many keys any number of rows of their tile have.
+  using histogram = std::array<std::int64_t, 17>;
+
+  /// Whether the tile kernel takes all keys of a plan's tiles sooner than the keys and rows divided
+  /// as above: dividing costs 19 % of the time of what it leaves where each head has lists of its
+  /// own, 4 % where two or three share them, nothing measurable from four (docs/performance.md).
+  /// `tile_heads` run together in the 16 lanes of the tile kernel.
+  static bool whole_tiles_pay(const histogram& keys_of_rows, index_t heads, index_t tile_heads) {
+    const row_sharing divide(heads);
+    const index_t lanes = 16 * ((heads + tile_heads - 1) / tile_heads);
+    std::int64_t whole = 0;
+    std::int64_t divided = 0;  // in lanes of the tile kernel, as are rows by what they cost
+    for (index_t rows = 1; rows <= 16; ++rows) {
+      const std::int64_t keys = keys_of_rows[static_cast<std::size_t>(rows)];
+      whole += keys * lanes;
+      divided += keys * heads * 16 * (divide.shared(rows) ? divide.least_rows_ : rows);
+    }
+    const int percent = heads >= 4 ? 100 : heads >= 2 ? 104 : 119;
+    return whole > 0 && whole * divide.least_rows_ * 100 <= divided * percent;
   }
 
   /// Whether a key that this many rows attend to may go to the tile.
