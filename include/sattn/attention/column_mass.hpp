@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/attention/row_work.hpp>
 #include <sattn/attention/run_tiles.hpp>
 
 #include <algorithm>
@@ -24,12 +25,15 @@ struct mass_work {
   };
 
   tile_work tiles;
+  row_work rows;
+  bool by_rows;              // the row kernel takes the scores
   index_t heads_per_column;  // query heads whose probabilities are summed
   index_t task_keys;
   index_t key_tasks;  // of one kv head
 
   explicit mass_work(const attention_sequence& s)
-      : tiles(s, lane_layout(rows_of(s), s.plan->sharing_heads()), 0),
+      : tiles(s, lane_layout(rows_of(s), s.plan->sharing_heads()), 0), rows(s),
+        by_rows(s.plan->layout().single_rows && !rows.row_keys),
         heads_per_column(s.output.mass.heads == 0 ? 1 : s.q.heads / s.output.mass.heads),
         task_keys(keys_of_a_task(s.kv.k.tokens)),
         key_tasks(ceil_div(s.kv.k.tokens, task_keys)) {}
@@ -46,7 +50,17 @@ struct mass_work {
     return std::clamp<index_t>(round_up(ceil_div(keys, tasks), chunk_keys), 512, 4096);
   }
   index_t tasks(const attention_sequence& s) const { return s.kv.k.heads * key_tasks; }
-  std::size_t scratch_bytes() const {
+  std::size_t scratch_bytes(const attention_sequence& s) const {
+    if (by_rows) {
+      const auto bytes = [](index_t count, std::size_t size) {
+        return padded(static_cast<std::size_t>(count) * size);
+      };
+      return 2 * padded(sizeof(key_chunk)) + 2 * readable_rows::bytes(s, row_reader::rows) +
+             bytes(rows.queries * row_out_floats(rows.head_dim), sizeof(float)) +
+             bytes(rows.queries, sizeof(std::uint8_t)) + bytes(rows.queries, sizeof(float)) +
+             bytes(rows.queries, sizeof(std::uint16_t)) +
+             bytes(rows.sharing * chunk_keys, sizeof(float));
+    }
     return tiles.scratch_bytes() +
            padded(static_cast<std::size_t>(tiles.blocks()) * sizeof(block_lanes)) +
            padded(tile_lanes * chunk_keys * sizeof(float));
@@ -146,6 +160,60 @@ inline void add_tile_mass(const attention_sequence& s, const mass_work& work, in
   }
 }
 
+/// The same for all heads of a list, where the row kernel runs the plan.
+inline void add_row_mass(const attention_sequence& s, const mass_work& work, index_t list,
+                         index_t tile, key_range keys, const logit_options& logits,
+                         const kernel_table& kernels, scratch_arena scratch) {
+  const attention_plan& plan = *s.plan;
+  const index_t sharing = work.rows.sharing;
+  const index_t first_head = list * sharing;
+  const index_t first_column = first_head / work.heads_per_column;
+  const key_range rows = plan.grid().row_range(tile, plan.shape().q_len);
+  const row_source k = s.kv.k.rows(first_head / plan.shape().group_size());
+
+  key_chunk* const chunks[] = {scratch.take<key_chunk>(1), scratch.take<key_chunk>(1)};
+  readable_rows* const rows_of_chunk[] = {&readable_rows::take(scratch, s, row_reader::rows),
+                                          &readable_rows::take(scratch, s, row_reader::rows)};
+  const row_queries queries(s, work.rows, logits, rows, first_head, nullptr, scratch);
+  float* const log_sums = scratch.take<float>(rows.size() * sharing);
+  auto* const columns = scratch.take<std::uint16_t>(rows.size() * sharing);
+  float* const sums = scratch.take<float>(sharing * chunk_keys);
+  for (index_t i = 0; i < rows.size() * sharing; ++i) {
+    const index_t q_head = first_head + i % sharing;
+    const float lse = *s.output.lse.row(rows.begin + i / sharing, q_head);
+    const bool has_keys = lse != -std::numeric_limits<float>::infinity();
+    log_sums[i] = has_keys ? with_sink(lse, logits.sink(q_head))
+                           : std::numeric_limits<float>::infinity();
+    columns[i] = static_cast<std::uint16_t>(q_head / work.heads_per_column - first_column);
+  }
+
+  const auto locate = [&](readable_rows& to, const token_t* of, index_t count) {
+    to.locate_k(of, count, k, s.kv, kernels);
+  };
+  const auto add_chunk = [&](const key_chunk& chunk, const readable_rows& pointers,
+                             const readable_rows& after) {
+    const key_chunk::sub_tile& part = chunk.sub[0];
+    const index_t column_count = ceil_div(sharing, work.heads_per_column);
+    kernels.column_mass_rows({
+        .rows = queries.args(0, rows.size(), pointers, after, part.begin, part.end,
+                             part.masked ? chunk.masks[0].data() + part.begin : nullptr),
+        .log_sums = log_sums,
+        .columns = columns,
+        .column_count = column_count,
+        .sums = sums,
+    });
+    for (index_t column = 0; column < column_count; ++column) {
+      const float* const of_column = sums + column * chunk_keys;
+      for (index_t i = 0; i < part.end - part.begin; ++i) {
+        *s.output.mass.row(chunk.keys[static_cast<std::size_t>(part.begin + i)],
+                           first_column + column) += of_column[i];
+      }
+    }
+  };
+  tile_cursor cursor(plan, plan.head_of(first_head), tile, sub_tile_rows, keys);
+  for_each_chunk_ahead(cursor, chunks, rows_of_chunk, locate, add_chunk);
+}
+
 /// One task: the mass of some keys of one kv head.
 inline void run_column_mass(const attention_sequence& s, const mass_work& work,
                             const logit_options& logits, const kernel_table& kernels, index_t task,
@@ -163,6 +231,10 @@ inline void run_column_mass(const attention_sequence& s, const mass_work& work,
   const index_t lists = tiles.lists_per_kv_head;
   for (index_t list = kv_head * lists; list < (kv_head + 1) * lists; ++list) {
     for (index_t tile = 0; tile < tiles.tiles; ++tile) {
+      if (work.by_rows) {
+        add_row_mass(s, work, list, tile, keys, logits, kernels, scratch);
+        continue;
+      }
       for (index_t head = 0; head < tiles.sharing; head += tiles.heads_per_task) {
         add_tile_mass(s, work, list * tiles.sharing + head,
                       std::min(tiles.heads_per_task, tiles.sharing - head), tile, keys, logits,

@@ -4,6 +4,7 @@
 #include <sattn/attention/checks.hpp>
 #include <sattn/attention/work.hpp>
 #include <sattn/kernel/kernel_table.hpp>
+#include <sattn/plan/tile_cursor.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -54,20 +55,18 @@ struct row_work {
   }
 };
 
-/// The query rows of a tile, ready for the row kernel, and their states.
+/// The query rows of a tile, ready for the row kernel, and their states, empty.
 struct row_queries {
   const row_work* work;
-  const kernel_table* kernels;
   float* q;                // [rows][sharing heads][row_out_floats(head_dim)]
   std::uint8_t* mask_bit;  // of each of them: the row
-  float* states;
+  float* states;           // or null, for scores alone
   float soft_cap;
   bool cached;
 
-  row_queries(const attention_sequence& s, const row_work& w,
-              const logit_options& logits, const kernel_table& table, key_range rows,
-              index_t first_head, float* to, scratch_arena& scratch)
-      : work(&w), kernels(&table),
+  row_queries(const attention_sequence& s, const row_work& w, const logit_options& logits,
+              key_range rows, index_t first_head, float* to, scratch_arena& scratch)
+      : work(&w),
         q(scratch.take<float>(rows.size() * w.sharing * row_out_floats(w.head_dim))),
         mask_bit(scratch.take<std::uint8_t>(rows.size() * w.sharing)),
         states(to), soft_cap(logits.soft_cap), cached(!s.plan->has_splits()) {
@@ -80,6 +79,7 @@ struct row_queries {
         for (index_t c = 0; c < w.head_dim; ++c) query[c] = from[c] * logits.pack_scale;
         std::fill(query + w.head_dim, query + q_stride, 0.0f);
         mask_bit[i] = static_cast<std::uint8_t>(row);
+        if (states == nullptr) continue;
         float* const state = states + i * row_state_floats(w.v_dim);
         std::fill_n(state, row_state_floats(w.v_dim), 0.0f);
         state[row_out_floats(w.v_dim)] = -std::numeric_limits<float>::infinity();
@@ -88,10 +88,11 @@ struct row_queries {
   }
 
   /// The keys [begin, end) of the pointers for the rows [row, row + rows).
-  void attend(index_t row, index_t rows, const readable_rows& pointers, const readable_rows& next,
-              index_t begin, index_t end, const std::uint16_t* masks) const {
+  rows_args args(index_t row, index_t rows, const readable_rows& pointers,
+                 const readable_rows& next, index_t begin, index_t end,
+                 const std::uint16_t* masks) const {
     const index_t first = row * work->sharing;
-    kernels->attend_rows({
+    return {
         .q = q + first * row_out_floats(work->head_dim),
         .queries = rows * work->sharing,
         .k_type = pointers.k_type,
@@ -109,9 +110,26 @@ struct row_queries {
         .head_dim = work->head_dim,
         .v_dim = work->v_dim,
         .soft_cap = soft_cap,
-        .states = states + first * row_state_floats(work->v_dim),
-    });
+        .states = states == nullptr ? nullptr : states + first * row_state_floats(work->v_dim),
+    };
   }
 };
+
+/// Calls f(chunk, rows, next) for the chunks of a tile of which some row attends to a key: where the
+/// keys lie, and where those of the chunk behind it do, or the same. `locate(rows, keys, count)`
+/// finds them.
+template <class Locate, class F>
+void for_each_chunk_ahead(tile_cursor& cursor, key_chunk* const (&chunks)[2],
+                          readable_rows* const (&rows)[2], Locate&& locate, F&& f) {
+  bool more = cursor.next(*chunks[0]);
+  if (more) locate(*rows[0], chunks[0]->keys.data(), chunks[0]->count);
+  for (int now = 0; more; now ^= 1) {
+    const int after = now ^ 1;
+    more = cursor.next(*chunks[after]);
+    if (more) locate(*rows[after], chunks[after]->keys.data(), chunks[after]->count);
+    const key_chunk& chunk = *chunks[now];
+    if (chunk.sub[0].begin != chunk.sub[0].end) f(chunk, *rows[now], *rows[more ? after : now]);
+  }
+}
 
 }  // namespace sattn::detail

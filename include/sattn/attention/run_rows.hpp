@@ -25,29 +25,23 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
   const index_t plan_head = plan.head_of(first_head);
   const key_range rows = plan.grid().row_range(tile, plan.shape().q_len);
 
-  readable_rows* rows_of_chunk[] = {&readable_rows::take(scratch, s, row_reader::rows),
-                                    &readable_rows::take(scratch, s, row_reader::rows)};
+  readable_rows* const rows_of_chunk[] = {&readable_rows::take(scratch, s, row_reader::rows),
+                                          &readable_rows::take(scratch, s, row_reader::rows)};
   const auto locate = [&](readable_rows& to, const token_t* keys, index_t count) {
     to.locate(keys, count, kv, s.kv, kernels);
   };
-  const row_queries queries(s, work, logits, kernels, rows, first_head, states, scratch);
+  const row_queries queries(s, work, logits, rows, first_head, states, scratch);
   tile_cursor cursor(plan, plan_head, tile, sub_tile_rows,
                      plan.split_range(plan_head, tile, split));
   if (!work.row_keys) {
-    key_chunk* chunks[] = {scratch.take<key_chunk>(1), scratch.take<key_chunk>(1)};
-    bool more = cursor.next(*chunks[0]);
-    if (more) locate(*rows_of_chunk[0], chunks[0]->keys.data(), chunks[0]->count);
-    for (int now = 0; more; now ^= 1) {
-      const key_chunk& chunk = *chunks[now];
-      key_chunk& after = *chunks[now ^ 1];
-      more = cursor.next(after);
-      if (more) locate(*rows_of_chunk[now ^ 1], after.keys.data(), after.count);
+    key_chunk* const chunks[] = {scratch.take<key_chunk>(1), scratch.take<key_chunk>(1)};
+    const auto attend_chunk = [&](const key_chunk& chunk, const readable_rows& pointers,
+                                  const readable_rows& after) {
       const key_chunk::sub_tile& part = chunk.sub[0];
-      if (part.begin == part.end) continue;
-      queries.attend(0, rows.size(), *rows_of_chunk[now], *rows_of_chunk[more ? now ^ 1 : now],
-                     part.begin, part.end,
-                     part.masked ? chunk.masks[0].data() + part.begin : nullptr);
-    }
+      kernels.attend_rows(queries.args(0, rows.size(), pointers, after, part.begin, part.end,
+                                       part.masked ? chunk.masks[0].data() + part.begin : nullptr));
+    };
+    for_each_chunk_ahead(cursor, chunks, rows_of_chunk, locate, attend_chunk);
     return 1;
   }
 
@@ -64,12 +58,12 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
     const index_t count = std::exchange(lists.counts[r], 0);
     locate(pointers, lists.keys[r].data(), count);
     if (work.sharing == 1 && !has_splits) {  // the kernel does not look ahead
-      return queries.attend(row, 1, pointers, pointers, 0, count, nullptr);
+      return kernels.attend_rows(queries.args(row, 1, pointers, pointers, 0, count, nullptr));
     }
     const auto fullest = static_cast<std::size_t>(
         std::max_element(lists.counts.begin(), lists.counts.end()) - lists.counts.begin());
     next.locate_beside(pointers, lists.keys[fullest].data(), lists.counts[fullest], kv);
-    queries.attend(row, 1, pointers, next, 0, count, nullptr);
+    kernels.attend_rows(queries.args(row, 1, pointers, next, 0, count, nullptr));
   };
   shared_keys& shared = shared_keys::take(scratch, work);
   const auto flush_shared = [&] {

@@ -93,6 +93,7 @@ struct readable_rows : row_pointers {
   }
   static readable_rows& take(scratch_arena& arena, const attention_sequence& s, row_reader by) {
     readable_rows& rows = *arena.take<readable_rows>(1);
+    rows.k_type = rows.v_type = dtype::f32;
     rows.reader = by;
     rows.widened = arena.take<float>(widened_floats(s.kv, by));
     return rows;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/kernel/decode_rows.hpp>
 #include <sattn/kernel/kernel_args.hpp>
 #include <sattn/kernel/tile_parts.hpp>
 #include <sattn/simd/exp.hpp>
@@ -69,6 +70,51 @@ SATTN_NOINLINE void column_mass(const column_mass_args& args) noexcept {
     const auto run = args.masks == nullptr ? &sum_lanes<Arch, false> : &sum_lanes<Arch, true>;
     run(args.scores, args.count, args.masks, args.lanes[column], args.sums + column * chunk_keys);
   }
+}
+
+/// scores = e^(score - log_sum) of up to four queries, key by key.
+template <class Arch, int Queries>
+SATTN_NOINLINE void row_probabilities(float* SATTN_RESTRICT scores, index_t count,
+                                      const float* log_sums) noexcept {
+  using V = simd::vec<Arch>;
+  constexpr index_t stride = score_stride<Queries>;
+  alignas(64) float lane[V::width];
+  for (index_t i = 0; i < V::width; ++i) {
+    lane[i] = log_sums[i % stride < Queries ? i % stride : 0];
+  }
+  const V log_sum = V::load_aligned(lane);
+  const index_t padded = padded_scores<Arch, Queries>(count);
+  SATTN_NO_UNROLL
+  for (index_t i = 0; i < padded; i += V::width) {
+    const V below = simd::floor_at(log_sum - V::load_aligned(scores + i), 0.0f);
+    simd::exp_nonpositive(V::zero() - below).store_aligned(scores + i);
+  }
+}
+
+template <class Arch>
+SATTN_NOINLINE void column_mass_rows(const rows_mass_args& args) noexcept {
+  const rows_args& rows = args.rows;
+  for (index_t column = 0; column < args.column_count; ++column) {
+    for (index_t key = 0; key < rows.count; ++key) args.sums[column * chunk_keys + key] = 0.0f;
+  }
+  for_each_row_group(rows, [&](auto queries, index_t first, index_t begin, index_t count,
+                               const void* const* next_k, const void* const*) SATTN_INLINE_LAMBDA {
+    constexpr index_t stride = score_stride<queries>;
+    alignas(64) float scores[stride * chunk_keys];
+    score_row_group<Arch, queries>(rows, first, begin, count, next_k, scores);
+    row_probabilities<Arch, queries>(scores, count, args.log_sums + first);
+    for (index_t n = 0; n < queries; ++n) {
+      float* const sums = args.sums + args.columns[first + n] * chunk_keys + begin;
+      for (index_t key = 0; key < count; ++key) {
+        // A row's log_sum may be a NaN, which must not reach keys that it does not attend to.
+        if (rows.masks != nullptr &&
+            (rows.masks[begin + key] >> rows.mask_bit[first + n] & 1) == 0) {
+          continue;
+        }
+        sums[key] += scores[key * stride + n];
+      }
+    }
+  });
 }
 
 }  // namespace sattn::kernel

@@ -104,18 +104,13 @@ SATTN_NOINLINE void softmax_rows(float* SATTN_RESTRICT scores, index_t count,
   }
 }
 
-/// The keys [begin, begin + count) for the queries [first, first + Queries). `next_k` and `next_v`
-/// are the rows that come after them.
+/// Scores of the keys [begin, begin + count) for the queries [first, first + Queries), adjusted and
+/// padded. `next_k` are the rows that come after them.
 template <class Arch, int Queries>
-SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, index_t begin,
-                                          index_t count, const void* const* next_k,
-                                          const void* const* next_v) {
+SATTN_ALWAYS_INLINE void score_row_group(const rows_args& args, index_t first, index_t begin,
+                                         index_t count, const void* const* next_k, float* scores) {
   const index_t q_stride = row_out_floats(args.head_dim);
-  const index_t state_stride = row_state_floats(args.v_dim);
   const float* const q = args.q + first * q_stride;
-  float* const states = args.states + first * state_stride;
-  alignas(64) float scores[score_stride<Queries> * chunk_keys];
-  alignas(64) float rescale[simd::vec<Arch>::width];
   with_plain_type(args.k_type, [&]<class T>(const T*) SATTN_INLINE_LAMBDA {
     if constexpr (Queries == 1) {
       if (!args.cached) {
@@ -132,6 +127,19 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, 
       args.masks != nullptr || args.soft_cap != 0.0f) {
     adjust_rows<Arch, Queries>(args, first, begin, count, scores);
   }
+}
+
+/// The keys [begin, begin + count) for the queries [first, first + Queries). `next_k` and `next_v`
+/// are the rows that come after them.
+template <class Arch, int Queries>
+SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, index_t begin,
+                                          index_t count, const void* const* next_k,
+                                          const void* const* next_v) {
+  const index_t state_stride = row_state_floats(args.v_dim);
+  float* const states = args.states + first * state_stride;
+  alignas(64) float scores[score_stride<Queries> * chunk_keys];
+  alignas(64) float rescale[simd::vec<Arch>::width];
+  score_row_group<Arch, Queries>(args, first, begin, count, next_k, scores);
   softmax_rows<Arch, Queries>(scores, count, states + row_out_floats(args.v_dim), state_stride,
                               rescale);
   if (args.v_scales != nullptr) scale_rows<Queries>(scores, args.v_scales + begin, count);
@@ -151,10 +159,10 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, 
   });
 }
 
-/// One chunk of keys for every query row, piece by piece, four rows (then three, two or one) at a
-/// time.
-template <class Arch>
-SATTN_NOINLINE void attend_rows(const rows_args& args) noexcept {
+/// Calls f(queries, first, begin, count, next_k, next_v) for one chunk of keys and every query row,
+/// piece by piece, four rows (then three, two or one) at a time.
+template <class F>
+SATTN_ALWAYS_INLINE void for_each_row_group(const rows_args& args, F&& f) {
   SATTN_ASSERT(args.count > 0 && args.count <= chunk_keys);
   const index_t piece = args.cached ? chunk_keys : stream_piece;
   for (index_t begin = 0; begin < args.count; begin += piece) {
@@ -162,7 +170,7 @@ SATTN_NOINLINE void attend_rows(const rows_args& args) noexcept {
     const void* const* const next_k = end < args.count ? args.k_rows + end : args.next_k;
     const void* const* const next_v = end < args.count ? args.v_rows + end : args.next_v;
     const auto run = [&](auto queries, index_t first) SATTN_INLINE_LAMBDA {
-      attend_row_group<Arch, queries>(args, first, begin, end - begin, next_k, next_v);
+      f(queries, first, begin, end - begin, next_k, next_v);
     };
     index_t first = 0;
     for (; first + 4 <= args.queries; first += 4) run(std::integral_constant<int, 4>{}, first);
@@ -173,6 +181,16 @@ SATTN_NOINLINE void attend_rows(const rows_args& args) noexcept {
       default: break;
     }
   }
+}
+
+/// One chunk of keys for every query row.
+template <class Arch>
+SATTN_NOINLINE void attend_rows(const rows_args& args) noexcept {
+  for_each_row_group(args, [&](auto queries, index_t first, index_t begin, index_t count,
+                               const void* const* next_k,
+                               const void* const* next_v) SATTN_INLINE_LAMBDA {
+    attend_row_group<Arch, queries>(args, first, begin, count, next_k, next_v);
+  });
 }
 
 /// Combines the partial states of one query row in the order given and writes the row.

@@ -125,6 +125,15 @@ struct rows_args {
   float* states;  // [queries][row_state_floats(v_dim)]
 };
 
+/// The probabilities of a chunk of keys, summed over some query rows.
+struct rows_mass_args {
+  rows_args rows;                // V and the states are not read
+  const float* log_sums;         // [queries], their sinks included; +inf for a row without keys
+  const std::uint16_t* columns;  // [queries]: the column that a query counts in
+  index_t column_count;
+  float* sums;  // [column_count][chunk_keys]
+};
+
 inline constexpr index_t tile_pages = 64;  // pages whose summaries lie together
 
 /// Summaries of tile_pages pages: [head_dim][rows][tile_pages] of f32, f16 or i8, of i8 followed by

@@ -27,6 +27,7 @@ struct kernel_table {
   // Decode and per-row lists: single query rows against chunks of keys.
   void (*attend_rows)(const rows_args&) noexcept;
   void (*merge_rows)(const merge_args&) noexcept;
+  void (*column_mass_rows)(const rows_mass_args&) noexcept;
 
   // Estimators.
   void (*score_pages)(const page_scores_args&) noexcept;

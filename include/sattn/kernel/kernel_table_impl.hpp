@@ -28,6 +28,7 @@ const kernel_table& kernels() {
       &kernel::column_mass<Arch>,
       &kernel::attend_rows<Arch>,
       &kernel::merge_rows<Arch>,
+      &kernel::column_mass_rows<Arch>,
       &kernel::score_pages<Arch>,
       &kernel::softmax<Arch>,
   };
