@@ -46,6 +46,8 @@ EXPECTED = [
     "pv_tile<avx2, 5",
     "softmax_chunk<avx2",
     "chunk_probabilities<avx2",
+    "row_probabilities<avx2, 4",
+    "row_probabilities<avx2, 1",
     "softmax_rows<avx2, 4",
     "softmax_rows<avx2, 1",
     "adjust_rows<avx2",
