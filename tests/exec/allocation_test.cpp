@@ -168,6 +168,25 @@ TEST(allocation, planning_into_a_used_plan_makes_none) {
   }
 }
 
+TEST(allocation, planning_two_lists_of_each_row_makes_none) {
+  serial_executor serial;
+  context ctx(serial);
+  const attention_shape prompt{200, 300, 4, 2, 100};
+  token_lists first{1, {0}, {}};
+  token_lists second{1, {0}, {}};
+  for (token_t row = 0; row < 200; ++row) {
+    for (token_t key = row % 7; key < 100; key += 5) first.tokens.push_back(key);
+    for (token_t key = row % 3; key < 100; key += 4) second.tokens.push_back(key);
+    first.indptr.push_back(std::ssize(first.tokens));
+    second.indptr.push_back(std::ssize(second.tokens));
+  }
+  attention_plan plan;
+  const auto pattern = first | second;
+  const auto plan_it = [&] { plan_prefill_into(ctx, plan, prompt, pattern); };
+  plan_it();
+  EXPECT_EQ(allocations_of(plan_it), 0u);
+}
+
 TEST(allocation, planning_sorted_slashes_makes_none) {
   serial_executor serial;
   context ctx(serial);

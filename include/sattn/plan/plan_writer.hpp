@@ -38,6 +38,13 @@ struct plan_scratch {
   std::vector<row_run> row_runs;
   std::vector<token_t> row_keys;
   std::vector<std::uint16_t> row_masks;
+  // The same before tiles that were left and entered again are joined.
+  struct row_piece {
+    index_t tile, begin, end;
+  };
+  std::vector<row_piece> pieces;
+  std::vector<token_t> piece_keys;
+  std::vector<std::uint16_t> piece_masks;
 
   std::exception_ptr failure;  // of the pattern, for head failed_head
   index_t failed_head = 0;
@@ -308,20 +315,22 @@ inline void plan_writer::finish_row_keys(plan_head& head) {
     return std::adjacent_find(runs.begin(), runs.end(), std::not_fn(by_tile)) != runs.end();
   };
   if (again()) {  // a tile was left and entered again, or tiles came in another order
-    const std::vector<token_t> keys = std::exchange(scratch_.row_keys, {});
-    const std::vector<std::uint16_t> masks = std::exchange(scratch_.row_masks, {});
-    struct piece {
-      index_t tile, begin, end;
-    };
-    std::vector<piece> pieces;
+    auto& keys = scratch_.piece_keys;
+    auto& masks = scratch_.piece_masks;
+    auto& pieces = scratch_.pieces;
+    keys.assign(scratch_.row_keys.begin(), scratch_.row_keys.end());
+    masks.assign(scratch_.row_masks.begin(), scratch_.row_masks.end());
+    scratch_.row_keys.clear();
+    scratch_.row_masks.clear();
+    pieces.clear();
     for (std::size_t i = 0; i < runs.size(); ++i) {
       pieces.push_back({runs[i].tile, runs[i].begin,
                         i + 1 < runs.size() ? runs[i + 1].begin : std::ssize(keys)});
     }
     runs.clear();
     std::sort(pieces.begin(), pieces.end(),
-              [](const piece& a, const piece& b) { return a.tile < b.tile; });
-    for (const piece& p : pieces) {
+              [](const auto& a, const auto& b) { return a.tile < b.tile; });
+    for (const plan_scratch::row_piece& p : pieces) {
       open(p.tile);
       for (auto i = static_cast<std::size_t>(p.begin); i < static_cast<std::size_t>(p.end); ++i) {
         const auto key = static_cast<std::size_t>(keys[i]);
