@@ -3,8 +3,8 @@
 // One new token against caches that no processor cache holds, one kv head, on one thread unless the
 // name says otherwise. Names: decode/<type>/g<query heads>/d<dim>/n<tokens>/<what>. Counters:
 // bandwidth_fraction = bytes of the selected K and V, once, over a linear read in the same rounds;
-// peak_fraction = flops over the FMA peak; vs_dense = time / (time of dense x density); vs_g1 = time /
-// time of one query head. Ratios are of interleaved runs.
+// peak_fraction = flops over the FMA peak; vs_dense = time / (time of dense x density); vs_g1 =
+// time / time of one query head. Ratios are of interleaved runs.
 
 #include <algorithm>
 #include <functional>
@@ -230,7 +230,8 @@ std::vector<std::vector<sattn::page_summaries>> summaries_of(const stored_caches
                                                              dtype type, index_t page_size) {
   std::vector<std::vector<sattn::page_summaries>> all;
   for (index_t i = 0; i < caches.count(); ++i) {
-    all.emplace_back(1, sattn::page_summaries({caches.dim(), static_cast<token_t>(page_size), type}));
+    all.emplace_back(
+        1, sattn::page_summaries({caches.dim(), static_cast<token_t>(page_size), type}));
     all.back()[0].update(caches.view(i).k, 0);
   }
   return all;

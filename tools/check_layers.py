@@ -50,6 +50,7 @@ KERNEL_FORBIDDEN = (r"vector|string|string_view|algorithm|functional|memory|cmat
 SPDX = "// SPDX-License-Identifier: Apache-2.0"
 MACRO_HOME = "core/config.hpp"
 MAX_LINES = 400
+MAX_COLUMNS = 100
 PROGRAM_FOLDERS = ["tests", "bench", "examples"]
 
 TOKENS = re.compile(
@@ -118,14 +119,22 @@ def check_macro(path, line):
     return None
 
 
+def check_lines(lines):
+    """Yields (line, message) for what every file of C++ must keep."""
+    if not lines or lines[0] != SPDX:
+        yield 1, f"the first line is not `{SPDX}`"
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_COLUMNS:
+            yield number, f"{len(line)} columns, {MAX_COLUMNS} are allowed"
+
+
 def check_header(path, text):
     """Yields (line, message) for the header include/sattn/<path>."""
     layer = path.split("/")[0]
     if layer not in LAYERS and path not in TOP_LEVEL:
         yield 1, f"{layer} is neither a layer nor a known header"
     lines = text.splitlines()
-    if not lines or lines[0] != SPDX:
-        yield 1, f"the first line is not `{SPDX}`"
+    yield from check_lines(lines)
     if len(lines) > MAX_LINES:
         yield len(lines), f"{len(lines)} lines, {MAX_LINES} are allowed"
     code = blank(text, keep_strings=False).splitlines()
@@ -143,9 +152,7 @@ def check_header(path, text):
 
 def check_program(text):
     """Yields (line, message) for a source file of the tests, benches or examples."""
-    lines = text.splitlines()
-    if not lines or lines[0] != SPDX:
-        yield 1, f"the first line is not `{SPDX}`"
+    yield from check_lines(text.splitlines())
     for number, line in enumerate(blank(text, keep_strings=True).splitlines(), 1):
         match = INCLUDE.match(line)
         if match and match.group(1) == '"' and re.search(r"(^|/)(sattn|include)/", match.group(2)):
@@ -225,6 +232,7 @@ FAULTS = [
     (planted("core/config.hpp", "#define RESTRICT __restrict"), 3, "is not named SATTN_*"),
     (planted("core/a.hpp", "#define X 1  // comment"), 3, "is not named SATTN_*"),
     (planted("core/a.hpp", *["//"] * 399), 401, "401 lines, 400 are allowed"),
+    (planted("core/a.hpp", "//" + "x" * 99), 3, "101 columns, 100 are allowed"),
     (planted("method/a.hpp"), 1, "neither a layer nor a known header"),
     (planted("extra.hpp"), 1, "neither a layer nor a known header"),
     (("include/sattn/core/a.hpp", "#pragma once\n"), 1, "the first line is not"),

@@ -35,8 +35,8 @@ inline void eigen_rows(const strided<const row_matrix>& q, const strided<const r
   out.array().colwise() /= sums;
 }
 
-/// Causal attention by blocks of query rows; keys that no row of a block sees are skipped. f32, values
-/// as wide as keys.
+/// Causal attention by blocks of query rows; keys that no row of a block sees are skipped. f32,
+/// values as wide as keys.
 inline void eigen_attention(tensors& t, index_t block_rows, row_matrix& scores) {
   const attention_shape& shape = t.shape;
   const index_t rows = shape.q_len;

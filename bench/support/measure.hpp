@@ -62,8 +62,8 @@ inline double fastest(const std::vector<double>& rate) {
   return *std::max_element(rate.begin(), rate.end());
 }
 
-/// All rounds of the case, whose medians become counters. Google Benchmark's own time is that of one
-/// more run: its manual time would add a suffix to every name.
+/// All rounds of the case, whose medians become counters. Google Benchmark's own time is that of
+/// one more run: its manual time would add a suffix to every name.
 inline timings measure(benchmark::State& state, const timed_case& c) {
   timings{}.add_round(c);
   timings t;

@@ -172,8 +172,8 @@ inline sattn::token_lists random_tokens(const attention_shape& shape, index_t co
 }
 
 /// The same, but each row keeps a share `overlap` of the keys of the row before it. `core`: always
-/// the same ones, of which each stays for 64 rows (1.6 % less in common for each row further apart);
-/// otherwise any, so that rows two apart have overlap^2 in common, and so on.
+/// the same ones, of which each stays for 64 rows (1.6 % less in common for each row further
+/// apart); otherwise any, so that rows two apart have overlap^2 in common, and so on.
 inline sattn::token_lists alike_tokens(const attention_shape& shape, index_t count, double overlap,
                                        bool core, index_t sets) {
   generator random(1);

@@ -108,7 +108,8 @@ TEST(storage, type_and_copies_change_no_bit) {
   }
 }
 
-// Sequences that are copied and sequences that are not, with and without heads, in waves of any size.
+// Sequences that are copied and sequences that are not, with and without heads, in waves of any
+// size.
 TEST(storage, waves_over_a_batch_change_no_bit) {
   const seed_trace trace;
   random_source random;

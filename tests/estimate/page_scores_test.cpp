@@ -95,8 +95,9 @@ std::vector<estimate> reference_mean(const owned_tensor& k, index_t head, index_
 // Whether products and sums of a set of kernels are fused; of sse2 that is for the compiler to say.
 bool fuses(const context& ctx) { return std::string(ctx.kernel_table().name) != "sse2"; }
 
-// Of the keys as they are stored, whatever the type of the keys and of the summaries. Summaries of f32
-// bound to the last bit what is summed in the same order; a page of one key is bounded by its score.
+// Of the keys as they are stored, whatever the type of the keys and of the summaries. Summaries of
+// f32 bound to the last bit what is summed in the same order; a page of one key is bounded by its
+// score.
 TEST(page_scores, bound_every_key_of_the_page) {
   const seed_trace trace;
   random_source random;

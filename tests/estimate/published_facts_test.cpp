@@ -33,7 +33,8 @@ TEST(block_sparse, has_the_papers_sparsity) {
     }
     for (index_t k = 3; k <= n + 2; ++k) {
       const auto lists =
-          sattn::select_blocks(shape, scores, {budget::fixed(k), {.first = 1, .recent = 2}}, 16, 16);
+          sattn::select_blocks(shape, scores, {budget::fixed(k), {.first = 1, .recent = 2}}, 16,
+                               16);
       index_t blocks = 0;
       for (index_t i = 0; i < n; ++i) {
         const auto r = static_cast<std::size_t>(i);

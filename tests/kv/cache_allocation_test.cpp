@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A cache for which memory runs out at every allocation that an operation makes, one after the other.
+// A cache for which memory runs out at every allocation that an operation makes, one after the
+// other.
 
 #include <gtest/gtest.h>
 
@@ -52,8 +53,8 @@ struct cache_state {
   bool operator==(const cache_state&) const = default;
 };
 
-// `call` fails at its first allocation, its second, ... until it has enough, each time on a cache as
-// `make` leaves it; a failure leaves no trace.
+// `call` fails at its first allocation, its second, ... until it has enough, each time on a cache
+// as `make` leaves it; a failure leaves no trace.
 void expect_strong_guarantee(const char* name, const std::function<void(cache_type&)>& prepare,
                              const std::function<void(cache_type&)>& call) {
   SCOPED_TRACE(name);

@@ -59,8 +59,8 @@ struct sequence_model {
   index_t evicted_at = 0;
 };
 
-/// Sequences of one store beside their models. Every step checks its promise: success means what the
-/// model does, an error means that nothing changed.
+/// Sequences of one store beside their models. Every step checks its promise: success means what
+/// the model does, an error means that nothing changed.
 template <class K, class V>
 class cache_machine {
  public:
@@ -76,7 +76,9 @@ class cache_machine {
   void step() {
     const std::size_t i = pick();
     switch (random_.integer(0, 10)) {
-      case 0: case 1: case 2: case 3: append(i, random_.pick<index_t>({1, 1, 1, 0, 2, 7, 20})); break;
+      case 0: case 1: case 2: case 3:
+        append(i, random_.pick<index_t>({1, 1, 1, 0, 2, 7, 20}));
+        break;
       case 4: case 5: truncate(i); break;
       case 6: fork(i); break;
       case 7: drop(i); break;

@@ -217,7 +217,8 @@ TEST(layouts, reach_as_far_as_addresses_do) {
   auto* const floats = static_cast<float*>(memory);
   // Tokens, then heads, far apart: element offsets of 39 * 2^27 and 2^32 + ...
   for (const auto& [token_stride, head_stride] :
-       {std::pair{index_t{1} << 27, index_t{64}}, std::pair{index_t{64}, (index_t{1} << 32) + 32}}) {
+       {std::pair{index_t{1} << 27, index_t{64}},
+        std::pair{index_t{64}, (index_t{1} << 32) + 32}}) {
     const tensor_view<float> x{floats, 40, 2, 32, token_stride, head_stride};
     for (index_t t = 0; t < 40; ++t) {
       for (index_t h = 0; h < 2; ++h) std::copy_n(p.k.row(t, h), 32, x.row(t, h));

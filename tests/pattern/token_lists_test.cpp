@@ -79,7 +79,8 @@ TEST(token_lists, count_duplicates_once) {
 }
 
 TEST(token_lists, give_the_keys_to_the_tile_where_all_rows_have_them_all) {
-  // Keys 0 and 1 are in all lists whose rows may see them, key 2 is not; row 16 is a tile of its own.
+  // Keys 0 and 1 are in all lists whose rows may see them, key 2 is not; row 16 is a tile of its
+  // own.
   token_lists lists{1, {0}, {}};
   for (token_t row = 0; row < 17; ++row) {
     lists.tokens.insert(lists.tokens.end(), {0, 1});

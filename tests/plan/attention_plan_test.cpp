@@ -231,7 +231,8 @@ TEST(attention_plan, refuses_broken_row_keys) {
       // The last tile has two rows.
       {[](plan_data& d) { d.heads[1].row_masks[2] = 0b100; }, {"row key 4", "mask 4 for 2 rows"}},
       // Its first row stands before the key, its second at it.
-      {[](plan_data& d) { d.heads[1].row_keys[2] = 19; }, {"row key 19", "mask 1", "rows 2 may see"}},
+      {[](plan_data& d) { d.heads[1].row_keys[2] = 19; },
+       {"row key 19", "mask 1", "rows 2 may see"}},
   });
 }
 
@@ -493,8 +494,8 @@ TEST(plan_stats, executed_counts_tiles_and_lanes_of_lists) {
 
 TEST(plan_stats, lists_that_overlap_enough_run_as_whole_tiles) {
   // One tile of so many rows, and keys that some number of its rows have. A key of r rows costs r
-  // fourths (fifths, sevenths) of a tile's key row by row if each head (2 or 3, 4 or more heads) has
-  // a list of its own, and dividing costs 19 % (4 %, nothing) on top.
+  // fourths (fifths, sevenths) of a tile's key row by row if each head (2 or 3, 4 or more heads)
+  // has a list of its own, and dividing costs 19 % (4 %, nothing) on top.
   struct test_case {
     index_t heads;
     token_t tile_rows;

@@ -78,7 +78,9 @@ TEST(plan_writer, keeps_the_keys_of_rows_apart_whatever_the_order) {
         }
         writer.row_keys(static_cast<token_t>(begin), static_cast<token_t>(end), keys);
         for (index_t row = begin; row < end; ++row) {
-          for (const token_t key : keys) wanted[static_cast<std::size_t>(row * kv_len + key)] = true;
+          for (const token_t key : keys) {
+            wanted[static_cast<std::size_t>(row * kv_len + key)] = true;
+          }
         }
       }
     }));

@@ -47,8 +47,8 @@
 //
 // Mass, a sum of p_j = w_j / Z over rows, whether divided or taken as exp(s_j - log Z):
 //   E_j = e_j + lse_bound + u (4 |log p_j| + 2 |log Z + max| + 8)
-//                 the logit; the sum; the difference of the two, log2(e) and the product with it; the
-//                 way of the sink into log Z and of log Z into float
+//                 the logit; the sum; the difference of the two, log2(e) and the product with it;
+//                 the way of the sink into log Z and of log Z into float
 //   mass_bound = sum_rows max(min(1, p_j exp(E_j)) - p_j, p_j (1 - exp(-E_j)))
 //                 a probability that exceeds 1 by its rounding counts as 1
 //       + gamma(rows + 6) sum_rows min(1, p_j exp(E_j)) + 4 rows FLT_MIN

@@ -103,8 +103,8 @@ void expect_exp_within_bound(const std::vector<float>& x) {
     const double want = std::exp(double{x[i]});
     const double bound = want * (0x1p-22 + 1.25 * 0x1p-24 * std::abs(double{x[i]}));
     const bool close = std::abs(double{y[i]} - want) <= bound;
-    // Results below the smallest normal float are 0, but for a strip of subnormals; rounding decides
-    // which it is at the edges.
+    // Results below the smallest normal float are 0, but for a strip of subnormals; rounding
+    // decides which it is at the edges.
     const bool flushed = y[i] == 0 && want - bound < double{smallest_normal};
     const bool in_strip = x[i] >= -87.69F && x[i] <= -87.33F &&
                           std::abs(double{y[i]} - want) < double{smallest_normal} / 4;

@@ -189,8 +189,8 @@ inline sattn::domain random_domain(random_source& random, const sattn::attention
   return legal;
 }
 
-/// A list for every row and kv head: `common` of the keys are those of all its neighbours, `own` are
-/// its own.
+/// A list for every row and kv head: `common` of the keys are those of all its neighbours, `own`
+/// are its own.
 inline sattn::token_lists alike_lists(random_source& random, const sattn::attention_shape& shape,
                                       index_t common, index_t own) {
   sattn::token_lists lists{1, {0}, {}, shape.kv_heads};

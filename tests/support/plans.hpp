@@ -161,7 +161,9 @@ inline void add_random_row_keys(sattn::plan_head& head, random_source& random,
     unsigned mask = 0;
     for (index_t row = rows.begin; row < rows.end; ++row) {
       const bool chosen = kind == 0 ? random.integer(0, 10) == 0 : random.integer(0, 4) >= kind;
-      if (chosen && sees(data.legal, data.shape.q_offset + row, key)) mask |= 1u << (row - rows.begin);
+      if (chosen && sees(data.legal, data.shape.q_offset + row, key)) {
+        mask |= 1u << (row - rows.begin);
+      }
     }
     if (mask == 0) continue;
     head.row_keys.push_back(static_cast<token_t>(key));

@@ -202,7 +202,8 @@ inline std::size_t workspace_bytes(const context& ctx, const attention_plan& pla
 /// largest head_dim. Nothing is written when it throws.
 /// Cost: 2 (head_dim + v_dim) flops per executed pair (plan.stats()), parallel over (sequence,
 /// head, tile or split), and copies of K and V where they pay (options.pack_bytes). Mass takes the
-/// scores a second time, in parallel over kv heads and runs of 512 keys or more. Allocates only to grow the context's workspace.
+/// scores a second time, in parallel over kv heads and runs of 512 keys or more. Allocates only to
+/// grow the context's workspace.
 /// Accuracy: f32, online softmax. A row without keys gives 0 and lse = -inf; lse is the natural
 /// log, without the sink. Keys that no row of a tile attends to take no part in it: they are read,
 /// if at all, to be copied (options.pack_bytes). A NaN or infinity in a key reaches the rows of the

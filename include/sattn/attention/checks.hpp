@@ -17,8 +17,8 @@ struct attention_options {
   // Logits become cap * tanh(logit / cap); 0 = off. q * scale / cap must not overflow.
   float soft_cap = 0.0f;
   std::span<const float> sink_logits = {};    // [q_heads] logits that take weight and give 0
-  // Bytes of workspace for copies of K and V that are quicker to read, of as many kv heads at a time
-  // as fit; 0 = everything is read in place. The results are the same bits.
+  // Bytes of workspace for copies of K and V that are quicker to read, of as many kv heads at a
+  // time as fit; 0 = everything is read in place. The results are the same bits.
   std::size_t pack_bytes = std::size_t{256} << 20;
 };
 

@@ -50,8 +50,8 @@ inline void check_same_or_apart(const char* name, const tensor_view<float>& into
 ///
 /// Shapes: all out [tokens, heads, v_dim], all lse [tokens, heads, 1], natural log. The parts are
 /// computed without sink logits, which come here: [heads] or none. `into` may be the same memory as
-/// a part; it then replaces it. Its lse leaves the sink out, so that merges can be chained when only
-/// the last one gets the sinks. An empty part (lse = -inf) is neutral; two of them stay empty.
+/// a part; it then replaces it. Its lse leaves the sink out, so that merges can be chained when
+/// only the last one gets the sinks. An empty part (lse = -inf) is neutral; two of them stay empty.
 /// Throws: shape_error if extents differ, an lse is missing, into asks for mass, or memory overlaps
 /// in another way.
 /// Nothing is written when it throws.

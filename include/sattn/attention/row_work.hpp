@@ -36,7 +36,8 @@ struct row_work {
     }
   }
 
-  // Without splits a task merges its own states, and takes several short tiles to be worth its while.
+  // Without splits a task merges its own states, and takes several short tiles to be worth its
+  // while.
   index_t tiles_per_task() const { return row_keys ? 1 : 16; }
   index_t tasks(const attention_plan& plan, key_range kv_heads) const {
     return plan.has_splits()
@@ -115,9 +116,9 @@ struct row_queries {
   }
 };
 
-/// Calls f(chunk, rows, next) for the chunks of a tile of which some row attends to a key: where the
-/// keys lie, and where those of the chunk behind it do, or the same. `locate(rows, keys, count)`
-/// finds them.
+/// Calls f(chunk, rows, next) for the chunks of a tile of which some row attends to a key: where
+/// the keys lie, and where those of the chunk behind it do, or the same. `locate(rows, keys,
+/// count)` finds them.
 template <class Locate, class F>
 void for_each_chunk_ahead(tile_cursor& cursor, key_chunk* const (&chunks)[2],
                           readable_rows* const (&rows)[2], Locate&& locate, F&& f) {

@@ -163,9 +163,9 @@ struct row_task {
   }
 };
 
-/// One task of the row kernel for the kv heads [kv_heads.begin, kv_heads.end), all of them where the
-/// plan has splits; `shared` holds the states of such a sequence. `rows_of(kv_head)` is where the
-/// rows are.
+/// One task of the row kernel for the kv heads [kv_heads.begin, kv_heads.end), all of them where
+/// the plan has splits; `shared` holds the states of such a sequence. `rows_of(kv_head)` is where
+/// the rows are.
 template <class RowsOf>
 void run_rows(const attention_sequence& s, const row_work& work, key_range kv_heads,
               const RowsOf& rows_of, const logit_options& logits, const kernel_table& kernels,

@@ -61,7 +61,8 @@ constexpr tensor_view<T> hnd(T* data, index_t tokens, index_t heads, index_t dim
 /// `strides` (elements) must have the three axes token, head, dim, and a contiguous dim.
 /// Throws: shape_error otherwise.
 template <class T>
-tensor_view<T> view_of(T* data, std::span<const index_t> extents, std::span<const index_t> strides) {
+tensor_view<T> view_of(T* data, std::span<const index_t> extents,
+                       std::span<const index_t> strides) {
   require(extents.size() == 3 && strides.size() == 3, "view_of: a tensor has rank ",
           extents.size(), " and ", strides.size(), " strides, expected 3 [token, head, dim]");
   require(strides[2] == 1 || extents[2] <= 1, "view_of: the stride of dim is ", strides[2],
@@ -105,8 +106,8 @@ void check_view(std::string_view name, const tensor_view<T>& view) {
           ", 1] overflow the address space");
 }
 
-/// Throws shape_error unless the (token, head) rows of an output lie apart: the heads within a token
-/// or the tokens within a head.
+/// Throws shape_error unless the (token, head) rows of an output lie apart: the heads within a
+/// token or the tokens within a head.
 template <class T>
 void check_writable(std::string_view name, const tensor_view<T>& view) {
   check_view(name, view);

@@ -23,8 +23,8 @@ enum class row_reduce { none, sum };
 /// Shapes: q [q_len, q_heads, head_dim], one summary for each kv head; result [sets, rows, pages]:
 /// sets = q_heads or, where heads are reduced, kv_heads; rows = q_len or 1; pages of the longest
 /// head, -inf behind the last page of a shorter one. `scores` keeps its memory from call to call.
-/// A page whose summary is not finite scores +inf. A sum or mean of heads and rows takes one product
-/// for all of them, a maximum one for each head.
+/// A page whose summary is not finite scores +inf. A sum or mean of heads and rows takes one
+/// product for all of them, a maximum one for each head.
 /// Throws: shape_error if shapes do not fit, summaries are of both kinds or a borrowed workspace is
 /// too small; nothing is written then.
 /// Cost: bandwidth of the summaries; parallel over sets, rows and tiles of pages.

@@ -78,7 +78,8 @@ inline tensor_view<const float> check_estimate(const char* name, const attention
           rules.soft_cap, ", expected a finite number >= 0");
   require<unsupported>(k.type == dtype::f32, name, ": k is ", name_of(k.type),
                        ", estimators read f32 so far");
-  require<unsupported>(k.strided(), name, ": k is in pages or a ring, estimators read tokens at one ",
+  require<unsupported>(k.strided(), name,
+                       ": k is in pages or a ring, estimators read tokens at one ",
                        "stride so far");
   constexpr index_t bytes = sizeof(float);
   return {static_cast<const float*>(k.data), k.tokens, k.heads, k.dim, k.token_stride / bytes,

@@ -33,8 +33,8 @@ SATTN_NOINLINE void chunk_probabilities(float* SATTN_RESTRICT scores, index_t co
   }
 }
 
-/// sums[key] = the sum of the lanes that are set in `lanes` and in the key's mask. Lanes are chosen,
-/// not multiplied by 0: what the others hold may be a NaN.
+/// sums[key] = the sum of the lanes that are set in `lanes` and in the key's mask. Lanes are
+/// chosen, not multiplied by 0: what the others hold may be a NaN.
 template <class Arch, bool Masked>
 SATTN_NOINLINE void sum_lanes(const float* probabilities, index_t count,
                               const std::uint16_t* masks, std::uint16_t lanes,

@@ -53,7 +53,7 @@ struct tile_args {
   const void* const* k_rows;   // [count + prefetch_rows] f32; the extra ones are only prefetched
   const void* const* v_rows;   // [count] f32; of packed values, the key's place in its first panel;
                                // null for score_tile
-  index_t v_panel;             // floats from a panel of packed values to the next; 0 = rows in place
+  index_t v_panel;             // floats between panels of packed values; 0 = rows in place
   index_t count;               // 1 .. chunk_keys
   const std::uint16_t* masks;  // [count], bit = lane that attends to the key; null = all lanes
   index_t head_dim;
@@ -99,8 +99,8 @@ struct finish_args {
 constexpr index_t row_out_floats(index_t v_dim) { return (v_dim + 15) / 16 * 16; }
 constexpr index_t row_state_floats(index_t v_dim) { return row_out_floats(v_dim) + 16; }
 
-// Keys that the row kernel takes at a time: in short pieces the reads of K and V take turns at every
-// page or so, which memory answers faster than longer runs of either.
+// Keys that the row kernel takes at a time: in short pieces the reads of K and V take turns at
+// every page or so, which memory answers faster than longer runs of either.
 inline constexpr index_t stream_piece = 16;
 static_assert(prefetch_rows >= stream_piece, "a piece looks as far behind the list");
 

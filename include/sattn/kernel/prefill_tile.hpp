@@ -53,7 +53,9 @@ SATTN_NOINLINE void pack_queries(const pack_args& args) noexcept {
       }
     }
   }
-  for (index_t i = 0; i < tile_lanes * args.v_dim; i += width) V::zero().store_aligned(block.out + i);
+  for (index_t i = 0; i < tile_lanes * args.v_dim; i += width) {
+    V::zero().store_aligned(block.out + i);
+  }
   for (index_t lane = 0; lane < tile_lanes; lane += width) {
     V::broadcast(-__builtin_inff()).store_aligned(block.row_max + lane);
     V::zero().store_aligned(block.row_sum + lane);

@@ -38,9 +38,9 @@ template <class Arch, int Queries, class T>
 inline constexpr int lines_a_step =
     (tile_keys<Queries, T> * simd::vec<Arch>::width * static_cast<int>(sizeof(T)) + 63) / 64;
 
-/// acc[n * Cols + c] += left(n) * right(c), in an order that fits 16 registers: the rows at once and
-/// one query at a time, or for one query the other way round. InOrder ends each query before the
-/// next is loaded: with two at once clang 19 has a register too few.
+/// acc[n * Cols + c] += left(n) * right(c), in an order that fits 16 registers: the rows at once
+/// and one query at a time, or for one query the other way round. InOrder ends each query before
+/// the next is loaded: with two at once clang 19 has a register too few.
 template <int Queries, int Cols, bool InOrder, class Left, class Right, class V>
 SATTN_ALWAYS_INLINE void outer_product(Left&& left, Right&& right, V (&acc)[Queries * Cols]) {
   if constexpr (Queries == 1) {
@@ -69,8 +69,8 @@ SATTN_ALWAYS_INLINE void outer_product(Left&& left, Right&& right, V (&acc)[Quer
   }
 }
 
-/// scores[r][n] = q[n] . k[r] for Keys rows: one chain for each product, so that the bits of a query
-/// depend neither on the rows beside it nor on the tile.
+/// scores[r][n] = q[n] . k[r] for Keys rows: one chain for each product, so that the bits of a
+/// query depend neither on the rows beside it nor on the tile.
 template <class Arch, int Queries, int Keys, class T, look_ahead Ahead>
 SATTN_ALWAYS_INLINE void qk_row_tile(const void* const* k_rows, const void* const* next_k,
                                      const float* q, index_t q_stride, index_t head_dim,

@@ -6,9 +6,9 @@
 #include <sattn/simd/transpose.hpp>
 
 // The two products of the row kernel for one query whose rows come from memory: row by row in their
-// order, as memory delivers them best, with the output in the first-level cache. Beside each row the
-// row of the next piece is prefetched: no hardware sees ahead where K and V take turns. The sums are
-// those of row_products.hpp to the last bit.
+// order, as memory delivers them best, with the output in the first-level cache. Beside each row
+// the row of the next piece is prefetched: no hardware sees ahead where K and V take turns. The
+// sums are those of row_products.hpp to the last bit.
 
 namespace sattn::kernel {
 

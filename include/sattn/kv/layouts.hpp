@@ -60,8 +60,8 @@ struct page_pool {
 
 /// The first `tokens` tokens of the pages that `table` names, in its order; the last page may be
 /// partly filled. The table is read while planning and running; it must outlive the view.
-/// Throws: shape_error if the pool's page has pages or is a ring; what the table names is checked by
-/// whoever reads the view.
+/// Throws: shape_error if the pool's page has pages or is a ring; what the table names is checked
+/// by whoever reads the view.
 inline stored_view paged(const page_pool& pool, std::span<const std::int32_t> table,
                          index_t tokens) {
   require(pool.page.strided() && pool.page.tokens > 0, "paged: a page must be a strided view of ",
@@ -86,8 +86,8 @@ inline stored_view paged_by_head(const page_pool& pool, std::span<const std::int
   return view;
 }
 
-/// A ring buffer: `tokens` tokens, the oldest in slot `first`, the others behind it, from the end of
-/// the buffer on at its start. Token 0 of the view is the oldest one.
+/// A ring buffer: `tokens` tokens, the oldest in slot `first`, the others behind it, from the end
+/// of the buffer on at its start. Token 0 of the view is the oldest one.
 /// Throws: shape_error if the slots have pages or are a ring; the rest is checked by whoever reads.
 inline stored_view ring(const stored_view& slots, index_t first, index_t tokens) {
   require(slots.strided() && slots.tokens > 0, "ring: the slots must be a strided view of one ",

@@ -37,7 +37,8 @@ inline f16 f16_above(float x) {
 
 }  // namespace detail
 
-/// What is kept of a page's keys: the smallest and the largest value of each dimension, or the mean.
+/// What is kept of a page's keys: the smallest and the largest value of each dimension, or the
+/// mean.
 enum class summary_kind { bounds, mean };
 
 /// Values of each dimension in a summary.

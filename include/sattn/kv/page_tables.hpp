@@ -18,8 +18,8 @@ struct page_slot {
   index_t slot;
 };
 
-/// Which pages of a store hold the tokens of each kv head of a sequence. What may fail is asked first
-/// (pages_to_append, pages_to_keep, grow, check_...); what changes the tables does not throw.
+/// Which pages of a store hold the tokens of each kv head of a sequence. What may fail is asked
+/// first (pages_to_append, pages_to_keep, grow, check_...); what changes the tables does not throw.
 class page_tables {
  public:
   page_tables(index_t heads, index_t page_size)
@@ -56,8 +56,8 @@ class page_tables {
     std::fill(tokens_of_.begin(), tokens_of_.end(), 0);
   }
 
-  /// Free pages that `count` more tokens of every head take: new ones, and copies of last pages that
-  /// are not full and that others hold too.
+  /// Free pages that `count` more tokens of every head take: new ones, and copies of last pages
+  /// that are not full and that others hold too.
   index_t pages_to_append(const page_store& store, index_t count) const {
     index_t needed = 0;
     for (index_t h = 0; h < heads() && count > 0; ++h) {
@@ -123,8 +123,8 @@ class page_tables {
     }
   }
 
-  /// Free pages that keep() takes: pages to write to that others hold too. Pages whose keys all stay
-  /// where they are stay shared.
+  /// Free pages that keep() takes: pages to write to that others hold too. Pages whose keys all
+  /// stay where they are stay shared.
   index_t pages_to_keep(const page_store& store,
                         std::span<const std::vector<token_t>> keep) const {
     index_t needed = 0;

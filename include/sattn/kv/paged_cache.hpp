@@ -46,8 +46,8 @@ struct kv_cache_bytes {
 /// The keys and values of one sequence in pages, stored as K and V: float, f16, bf16, std::int8_t
 /// (with one f32 scale a row) or q8_0.
 ///
-/// A page belongs to one kv head and holds K and then V of page_size tokens, so that heads can be of
-/// different lengths and what is read together lies together. Sequences made from each other by
+/// A page belongs to one kv head and holds K and then V of page_size tokens, so that heads can be
+/// of different lengths and what is read together lies together. Sequences made from each other by
 /// fork() and new_sequence() draw from the same pages; forks share them, and whoever writes to a
 /// shared page first gets a copy.
 ///
@@ -120,8 +120,8 @@ class paged_kv_cache {
     update_summaries();
   }
 
-  /// Keeps the first `tokens` tokens that were ever appended: what comes after is forgotten, as when
-  /// drafted tokens are refused. Pages that become empty are given back.
+  /// Keeps the first `tokens` tokens that were ever appended: what comes after is forgotten, as
+  /// when drafted tokens are refused. Pages that become empty are given back.
   /// Throws: shape_error unless the tokens to forget came after the last evict().
   void truncate(index_t tokens) {
     tables_.check_truncate(tokens);
@@ -173,8 +173,8 @@ class paged_kv_cache {
     return {of(store_->pages()), of(store_->pages() - store_->free_pages()), of(tables_.pages()),
             tables_.bytes(), summary_bytes()};
   }
-  /// The bounds of the pages of each head, of its keys as they are stored; empty if the options asked
-  /// for none.
+  /// The bounds of the pages of each head, of its keys as they are stored; empty if the options
+  /// asked for none.
   std::span<const page_summaries> summaries() const {
     return std::span(summaries_).first(bounds_count());
   }
@@ -225,7 +225,8 @@ class paged_kv_cache {
                 multiply(ceil_div(o.capacity, o.page_size), o.kv_heads, pages) &&
                 pages <= std::numeric_limits<std::int32_t>::max() &&
                 multiply(pages, layout().bytes, bytes),
-            "paged_kv_cache: a capacity of ", o.capacity, " tokens of ", o.kv_heads, " heads, dims ",
+            "paged_kv_cache: a capacity of ", o.capacity, " tokens of ", o.kv_heads,
+            " heads, dims ",
             o.head_dim, " and ", o.v_dim, ", in pages of ", o.page_size, " cannot be counted");
     return std::make_shared<page_store>(pages, layout().bytes);
   }
@@ -265,7 +266,8 @@ class paged_kv_cache {
             "append: k is [", k.tokens, ", ", k.heads, ", ", k.dim, "] and v [", v.tokens, ", ",
             v.heads, ", ", v.dim, "], expected [n, ", shape_.kv_heads, ", ", shape_.head_dim,
             "] and [n, ", shape_.kv_heads, ", ", v_dim(), "]");
-    require(tokens() + k.tokens <= std::numeric_limits<token_t>::max(), "append: ", tokens(), " and ",
+    require(tokens() + k.tokens <= std::numeric_limits<token_t>::max(), "append: ", tokens(),
+            " and ",
             k.tokens, " tokens, positions are 32 bit");
     for (index_t t = 0; t < k.tokens; ++t) {
       for (index_t h = 0; h < k.heads; ++h) {

@@ -43,8 +43,8 @@ struct ring_map {
 };
 
 /// Keys or values [token, kv_head, dim] as an engine stores them: elements of a type known at run
-/// time, tokens at a stride, in the pages of a pool, or in a ring. A tensor_view of f32, f16 or bf16
-/// converts to one; kv/layouts.hpp makes the others.
+/// time, tokens at a stride, in the pages of a pool, or in a ring. A tensor_view of f32, f16 or
+/// bf16 converts to one; kv/layouts.hpp makes the others.
 struct stored_view {
   const void* data = nullptr;  // of slot 0, of page 0 where there are pages, head 0
   dtype type = dtype::f32;
@@ -98,9 +98,9 @@ struct stored_view {
     return part;
   }
 
-  /// The columns [begin, end) of every row: values that are a part of the keys, as multi-head latent
-  /// attention stores them. Throws: shape_error unless they exist and, where elements come in blocks,
-  /// begin on one.
+  /// The columns [begin, end) of every row: values that are a part of the keys, as multi-head
+  /// latent attention stores them. Throws: shape_error unless they exist and, where elements come
+  /// in blocks, begin on one.
   stored_view columns(index_t begin, index_t end) const {
     require(begin >= 0 && begin <= end && end <= dim && begin % block_of(type) == 0,
             "columns: [", begin, ", ", end, ") of ", dim, " in ", name_of(type));
@@ -155,7 +155,9 @@ inline void check_pages(std::string_view name, const stored_view& view) {
   for (index_t list = 0; list < lists; ++list) {
     const std::int32_t* const table = pages.table.data() + list * pages.head_stride;
     std::uint32_t worst = 0;  // a negative id is larger than any pool
-    for (index_t i = 0; i < used; ++i) worst = std::max(worst, static_cast<std::uint32_t>(table[i]));
+    for (index_t i = 0; i < used; ++i) {
+      worst = std::max(worst, static_cast<std::uint32_t>(table[i]));
+    }
     require(used == 0 || worst < pages.pool, name, ": the page table names page ",
             static_cast<std::int32_t>(worst), ", the pool has ", pages.pool);
   }

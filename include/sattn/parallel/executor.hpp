@@ -13,9 +13,9 @@ namespace sattn {
 ///   done; worker < concurrency(), and no two calls at the same time share a worker;
 /// * concurrency() is 1 or more and does not change while a context uses it;
 /// * it starts lower tasks first, more or less (the library puts long tasks first).
-/// It may pass an exception of f on to the caller, as thread_pool does, or end the program: tasks of
-/// the library throw nothing but std::bad_alloc, and only in estimators.
-/// Results never depend on the order or on the number of workers.
+/// It may pass an exception of f on to the caller, as thread_pool does, or end the program: tasks
+/// of the library throw nothing but std::bad_alloc, and only in estimators. Results never depend on
+/// the order or on the number of workers.
 template <class E>
 concept parallel_executor = requires(E& executor, index_t n, void (*f)(index_t, index_t)) {
   { executor.concurrency() } -> std::convertible_to<index_t>;

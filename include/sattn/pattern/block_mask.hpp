@@ -24,7 +24,8 @@ inline void check_block_sizes(const char* name, token_t q_block, token_t k_block
 // Tiles [begin, end) of query block i.
 inline std::pair<index_t, index_t> tiles_of_block(const plan_scope& scope, token_t q_block,
                                                   index_t i) {
-  require(scope.grid.period > 0 && q_block % scope.grid.period == 0, "block pattern: tiles start at ",
+  require(scope.grid.period > 0 && q_block % scope.grid.period == 0,
+          "block pattern: tiles start at ",
           "multiples of ", scope.grid.period, ", which does not divide q_block ", q_block,
           ": a pattern that wraps another must pass on its grid()");
   // Tiles of the caller's grid never straddle blocks, because the grid's period divides q_block.

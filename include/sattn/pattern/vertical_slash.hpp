@@ -20,8 +20,8 @@ struct vertical_slash {
   std::vector<token_t> columns;
   std::vector<token_t> distances;
 
-  /// The hull of a diagonal is as wide as the tile is tall, so short tiles compute less, and compute
-  /// it more slowly. Takes the height with the least time, by what each cost on AVX2. Under
+  /// The hull of a diagonal is as wide as the tile is tall, so short tiles compute less, and
+  /// compute it more slowly. Takes the height with the least time, by what each cost on AVX2. Under
   /// rounding::cover the height decides what is selected: set plan_options::tile_rows there.
   tile_grid grid(index_t sharing_heads) const {
     if (distances.empty()) return {max_tile_rows, 0};

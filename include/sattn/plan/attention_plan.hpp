@@ -23,8 +23,8 @@ inline constexpr index_t distance_bit_offset = 128;
 /// The keys of one plan head: the union of three encodings, any of which may be empty.
 struct plan_head {
   // Structured, for every row alike; O(1) for dense and windows, O(runs) for vertical-slash.
-  std::vector<key_range> distances = {};  // sorted runs of position - key, disjoint and not touching
-  std::vector<key_range> columns = {};    // sorted runs of keys, disjoint and not touching
+  std::vector<key_range> distances = {};  // sorted runs of position - key that do not touch
+  std::vector<key_range> columns = {};    // sorted runs of keys that do not touch
 
   // Lists, CSR over the tiles of the grid; both pointers are empty or have tiles + 1 entries.
   std::vector<index_t> range_ptr = {};
@@ -32,7 +32,8 @@ struct plan_head {
   std::vector<index_t> token_ptr = {};
   std::vector<token_t> tokens = {};  // sorted per tile; single keys, to be stored in 4 bytes
 
-  // Keys with the rows of a tile that attend to them, CSR over the tiles; tiles have at most 16 rows.
+  // Keys with the rows of a tile that attend to them, CSR over the tiles; tiles have at most 16
+  // rows.
   std::vector<index_t> row_key_ptr = {};
   std::vector<token_t> row_keys = {};          // sorted per tile
   std::vector<std::uint16_t> row_masks = {};   // for each of them: bit r = row r of the tile
@@ -171,7 +172,8 @@ class attention_plan {
   std::size_t bytes() const;
 
  private:
-  // Planning fills a plan in place, so that a decode loop reaches a steady state without allocation.
+  // Planning fills a plan in place, so that a decode loop reaches a steady state without
+  // allocation.
   friend struct plan_access;
   plan_data data_;
 };

@@ -90,9 +90,9 @@ class plan_writer {
     if (begin < end) scratch_.entries.push_back({tile, {begin, end}});
   }
 
-  /// For the query rows [begin, end) alone: single keys in any order. Cheapest when the rows come in
-  /// ascending order. Throws: shape_error unless the rows and keys exist, and where rows of a tile
-  /// of more than 16 rows have keys of their own: the pattern's grid() must ask for less.
+  /// For the query rows [begin, end) alone: single keys in any order. Cheapest when the rows come
+  /// in ascending order. Throws: shape_error unless the rows and keys exist, and where rows of a
+  /// tile of more than 16 rows have keys of their own: the pattern's grid() must ask for less.
   void row_keys(token_t begin, token_t end, std::span<const token_t> keys);
 
   /// Sorts, merges and clips into `head`.

@@ -9,10 +9,11 @@
 
 namespace sattn {
 
-/// Which keys of a tile whose rows have lists of their own run in the tile kernel, for all 16 lanes,
-/// and which run row by row. A key goes to the tile where enough rows share it; a tile that would
-/// gain too little is left to the rows altogether. A key costs the tile 16 lanes at 0.85 of the FMA
-/// peak for every head, a row about 0.2 of it alone and 0.4 in a group of four: 4 and 7 rows even out.
+/// Which keys of a tile whose rows have lists of their own run in the tile kernel, for all 16
+/// lanes, and which run row by row. A key goes to the tile where enough rows share it; a tile that
+/// would gain too little is left to the rows altogether. A key costs the tile 16 lanes at 0.85 of
+/// the FMA peak for every head, a row about 0.2 of it alone and 0.4 in a group of four: 4 and 7
+/// rows even out.
 class row_sharing {
  public:
   explicit row_sharing(index_t heads) : least_rows_(heads >= 4 ? 7 : heads >= 2 ? 5 : 4) {}

@@ -68,8 +68,9 @@ struct lane_layout {
         std::bit_ceil(static_cast<unsigned>(std::min<token_t>(grid.rows, lanes))));
     heads = lanes / rows;
     // With up to 8 of 16 lanes in use the row kernel is as fast or faster.
-    single_rows = std::min<index_t>(grid.rows, rows) * std::min(sharing_heads, heads) <= lanes / 2 &&
-                  grid.rows < lanes;
+    single_rows =
+        std::min<index_t>(grid.rows, rows) * std::min(sharing_heads, heads) <= lanes / 2 &&
+        grid.rows < lanes;
   }
 };
 

@@ -8,9 +8,10 @@ namespace sattn::simd {
 /// e^x for x <= 0: exactly 1 at 0, exactly 0 at -inf and below -87.69, NaN for NaN.
 ///
 /// Accuracy: relative error below 2^-22 + 1.25 * 2^-24 |x| (the second term is the rounding of
-/// log2(e) and of its product with x) down to FLT_MIN; tests/simd/exp_test.cpp holds the bound. What
-/// is smaller becomes 0 but for a strip of a third of a unit, [-87.69, -87.33], of subnormals with
-/// an absolute error below FLT_MIN / 4: more of them would cost a hundred cycles each on some CPUs.
+/// log2(e) and of its product with x) down to FLT_MIN; tests/simd/exp_test.cpp holds the bound.
+/// What is smaller becomes 0 but for a strip of a third of a unit, [-87.69, -87.33], of subnormals
+/// with an absolute error below FLT_MIN / 4: more of them would cost a hundred cycles each on some
+/// CPUs.
 ///
 /// 2^f on [-1/2, 1/2] is a minimax polynomial of degree 5 with relative error 2.1e-7.
 template <class Arch>

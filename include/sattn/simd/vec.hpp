@@ -74,8 +74,8 @@ struct vec {
   friend SATTN_ALWAYS_INLINE vec operator*(vec a, vec b) {
     vec product = of(a.as_batch() * b.as_batch());
 #ifdef __FMA__
-    // Where an architecture without it is compiled with flags that allow it, compilers fuse products
-    // with what is added to them, here so and there otherwise.
+    // Where an architecture without it is compiled with flags that allow it, compilers fuse
+    // products with what is added to them, here so and there otherwise.
     if constexpr (std::is_same_v<Arch, arch::sse2>) __asm__("" : "+x"(product.reg));
 #endif
     return product;
