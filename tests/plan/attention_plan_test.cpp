@@ -118,6 +118,8 @@ TEST(attention_plan, refuses_broken_distances_and_columns) {
          d.heads[1].distances = {{4, 21}};
        },
        {"distances [4, 21) of head 1", "[0, 20)"}},
+      // No row sees what the window leaves out.
+      {[](plan_data& d) { d.legal.window = 8; }, {"distances [5, 9) of head 0", "[0, 8)"}},
       {[](plan_data& d) {
          d.heads[1].distances = {{0, 3}, {3, 9}};
        },
