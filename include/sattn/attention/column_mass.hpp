@@ -55,9 +55,7 @@ struct mass_work {
       const auto bytes = [](index_t count, std::size_t size) {
         return padded(static_cast<std::size_t>(count) * size);
       };
-      return 2 * padded(sizeof(key_chunk)) + 2 * readable_rows::bytes(s, row_reader::rows) +
-             bytes(rows.queries * row_out_floats(rows.head_dim), sizeof(float)) +
-             bytes(rows.queries, sizeof(std::uint8_t)) + bytes(rows.queries, sizeof(float)) +
+      return row_walk_bytes(s, rows) + bytes(rows.queries, sizeof(float)) +
              bytes(rows.queries, sizeof(std::uint16_t)) +
              bytes(rows.sharing * chunk_keys, sizeof(float));
     }
@@ -72,6 +70,19 @@ inline float with_sink(float lse, float sink) {
   if (sink == -std::numeric_limits<float>::infinity()) return lse;
   const float top = std::max(lse, sink);
   return lse == sink ? top + std::log(2.0f) : top + std::log1p(std::exp(-std::abs(lse - sink)));
+}
+
+/// Adds the sums [columns][chunk_keys] of a part of a chunk to its keys' mass.
+inline void add_sums(const attention_sequence& s, const key_chunk& chunk,
+                     const key_chunk::sub_tile& part, const float* sums, index_t first_column,
+                     index_t columns) {
+  for (index_t column = 0; column < columns; ++column) {
+    const float* const of_column = sums + column * chunk_keys;
+    for (index_t i = 0; i < part.end - part.begin; ++i) {
+      *s.output.mass.row(chunk.keys[static_cast<std::size_t>(part.begin + i)],
+                         first_column + column) += of_column[i];
+    }
+  }
 }
 
 /// Adds what the rows of one tile, of the heads [first_head, first_head + heads) that share a list,
@@ -149,13 +160,7 @@ inline void add_tile_mass(const attention_sequence& s, const mass_work& work, in
           .columns = lanes.columns,
           .sums = sums,
       });
-      for (index_t column = 0; column < lanes.columns; ++column) {
-        const float* const of_column = sums + column * chunk_keys;
-        for (index_t i = 0; i < part.end - part.begin; ++i) {
-          *s.output.mass.row(chunk.keys[static_cast<std::size_t>(part.begin + i)],
-                             lanes.first_column + column) += of_column[i];
-        }
-      }
+      add_sums(s, chunk, part, sums, lanes.first_column, lanes.columns);
     }
   }
 }
@@ -202,13 +207,7 @@ inline void add_row_mass(const attention_sequence& s, const mass_work& work, ind
         .column_count = column_count,
         .sums = sums,
     });
-    for (index_t column = 0; column < column_count; ++column) {
-      const float* const of_column = sums + column * chunk_keys;
-      for (index_t i = 0; i < part.end - part.begin; ++i) {
-        *s.output.mass.row(chunk.keys[static_cast<std::size_t>(part.begin + i)],
-                           first_column + column) += of_column[i];
-      }
-    }
+    add_sums(s, chunk, part, sums, first_column, column_count);
   };
   tile_cursor cursor(plan, plan.head_of(first_head), tile, sub_tile_rows, keys);
   for_each_chunk_ahead(cursor, chunks, rows_of_chunk, locate, add_chunk);

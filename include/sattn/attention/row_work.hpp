@@ -116,6 +116,14 @@ struct row_queries {
   }
 };
 
+/// Bytes of scratch for row_queries and for_each_chunk_ahead().
+inline std::size_t row_walk_bytes(const attention_sequence& s, const row_work& work) {
+  return 2 * padded(sizeof(key_chunk)) + 2 * readable_rows::bytes(s, row_reader::rows) +
+         padded(static_cast<std::size_t>(work.queries * row_out_floats(work.head_dim)) *
+                sizeof(float)) +
+         padded(static_cast<std::size_t>(work.queries));
+}
+
 /// Calls f(chunk, rows, next) for the chunks of a tile of which some row attends to a key: where
 /// the keys lie, and where those of the chunk behind it do, or the same. `locate(rows, keys,
 /// count)` finds them.

@@ -98,13 +98,8 @@ inline index_t run_row_split(const attention_sequence& s, const row_work& work, 
 }
 
 inline std::size_t row_scratch_bytes(const attention_sequence& s, const row_work& work) {
-  const auto floats = [](index_t count) {
-    return padded(static_cast<std::size_t>(count) * sizeof(float));
-  };
   const std::size_t own_states = work.row_keys ? 2 : 1;
-  return 2 * padded(sizeof(key_chunk)) + 2 * readable_rows::bytes(s, row_reader::rows) +
-         floats(work.queries * row_out_floats(work.head_dim)) +
-         padded(static_cast<std::size_t>(work.queries)) +
+  return row_walk_bytes(s, work) +
          (work.row_keys
               ? padded(sizeof(row_lists)) + shared_keys::bytes(work) +
                     readable_rows::bytes(s, row_reader::tiles)
