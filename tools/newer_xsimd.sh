@@ -9,6 +9,7 @@ set -euo pipefail
 headers=${1:+$(realpath "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=$PWD/build/newer_xsimd
+wheel_sha256=42ab2039b4eaec01084e92a2721a474e893047ba5ec87b14d45ee077ac883d08
 
 if [[ -z ${headers} ]]; then
   headers=${build}/pythran
@@ -18,7 +19,9 @@ if [[ -z ${headers} ]]; then
     "${pip[@]}" --version >/dev/null 2>&1 || pip=(/usr/bin/python3 -m pip)
     mkdir -p "${build}"
     "${pip[@]}" download --quiet --no-deps --only-binary :all: --dest "${build}" pythran==0.19.0
-    python3 -m zipfile -e "${build}"/pythran-0.19.0-*.whl "${build}"
+    wheel=pythran-0.19.0-py3-none-any.whl
+    (cd "${build}" && echo "${wheel_sha256}  ${wheel}" | sha256sum --check --quiet)
+    python3 -m zipfile -e "${build}/${wheel}" "${build}"
   fi
 fi
 if [[ ! -e ${headers}/xsimd/xsimd.hpp ]]; then
