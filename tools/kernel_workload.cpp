@@ -49,12 +49,12 @@ sattn::any_pattern slashes(index_t n) {
   return pattern;
 }
 
-/// 64 random legal keys for every row.
-sattn::any_pattern random_tokens(index_t n) {
+/// Random legal keys for every row, the same key more than once among them.
+sattn::any_pattern random_tokens(index_t n, index_t count_of_row) {
   generator random(1);
   sattn::token_lists lists{1, {0}, {}};
   for (index_t row = 0; row < n; ++row) {
-    for (int i = 0; i < 64; ++i) lists.tokens.push_back(below(random, row + 1));
+    for (index_t i = 0; i < count_of_row; ++i) lists.tokens.push_back(below(random, row + 1));
     lists.indptr.push_back(std::ssize(lists.tokens));
   }
   return lists;
@@ -82,7 +82,8 @@ std::vector<test_case> all_cases() {
       {"dense_d64", prefill, 64, sattn::dense{}},
       {"block64_d128", prefill, 128, third_blocks(n)},
       {"vertical_slash_d128", prefill, 128, slashes(n)},
-      {"token_lists_d128", prefill, 128, random_tokens(n)},
+      {"token_lists_d128", prefill, 128, random_tokens(n, 64)},
+      {"dense_lists_g1_d128", {n, n, 1, 1, 0}, 128, random_tokens(n, n)},  // runs whole tiles
       {"decode_g1_d128", decode_g1, 128, sattn::dense{}},
       {"decode_g4_d128", decode_g4, 128, sattn::dense{}},
       {"block64_f16_d128", prefill, 128, third_blocks(n), f16},

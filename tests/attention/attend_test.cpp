@@ -326,6 +326,16 @@ TEST(attend, a_huge_soft_cap_is_none_and_a_small_one_bounds_the_logits) {
 
 // ---- algebra ------------------------------------------------------------------------------------
 
+/// Adds the bounds of another result, of inputs that were rounded.
+void widen(reference::result& want, const reference::result& rounded) {
+  const auto add = [](std::vector<double>& bound, const std::vector<double>& more) {
+    for (std::size_t i = 0; i < bound.size(); ++i) bound[i] += more[i];
+  };
+  add(want.out_bound, rounded.out_bound);
+  add(want.lse_bound, rounded.lse_bound);
+  add(want.mass_bound, rounded.mass_bound);
+}
+
 TEST(attend, adding_one_vector_to_all_keys_shifts_lse_alone) {
   const seed_trace trace;
   random_source random;
@@ -347,10 +357,59 @@ TEST(attend, adding_one_vector_to_all_keys_shifts_lse_alone) {
     }
   }
   // Rounding the shifted keys to float moves logits by a few times the bound's own unit.
-  for (std::size_t i = 0; i < want.out.size(); ++i) want.out_bound[i] += shifted.out_bound[i];
-  for (std::size_t i = 0; i < want.lse.size(); ++i) want.lse_bound[i] += shifted.lse_bound[i];
-  for (std::size_t i = 0; i < want.mass.size(); ++i) want.mass_bound[i] += shifted.mass_bound[i];
+  widen(want, shifted);
   EXPECT_TRUE(within_bound(contexts, plan, p, want));
+}
+
+// A column more, [q, 1 / scale] . [k, log w], adds log w to the logit of a key. A key of weight n
+// then is n equal ones, and a common factor of all weights shifts the lse alone.
+TEST(attend, a_weight_of_a_key_rides_in_one_more_column) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  constexpr index_t dim = 24, keys = 40, rows = 9;
+  const std::optional<token_t> behind_all = 200;
+  std::vector<index_t> copies(at(keys));
+  index_t total = 0;
+  for (index_t& n : copies) total += n = random.integer(1, 5);
+  attention_problem weighted(random, {rows, keys, 4, 2, dim + 1, 16, behind_all});
+  attention_problem repeated(random, {rows, total, 4, 2, dim, 16, behind_all});
+  weighted.scale = repeated.scale = 0.25f;
+  for (index_t row = 0; row < rows; ++row) {
+    for (index_t h = 0; h < 4; ++h) {
+      std::copy_n(weighted.q.row(row, h), dim, repeated.q.row(row, h));
+      weighted.q.row(row, h)[dim] = 4;
+    }
+  }
+  const auto all = [](index_t, index_t, index_t) { return true; };
+  for (const float factor : {1.0f, 3.0f}) {
+    index_t place = 0;
+    for (index_t key = 0; key < keys; ++key) {
+      for (index_t i = 0; i < copies[at(key)]; ++i, ++place) {
+        for (index_t h = 0; h < 2; ++h) {
+          std::copy_n(weighted.k.row(key, h), dim, repeated.k.row(place, h));
+          std::copy_n(weighted.v.row(key, h), 16, repeated.v.row(place, h));
+        }
+      }
+      const float weight = factor * static_cast<float>(copies[at(key)]);
+      for (index_t h = 0; h < 2; ++h) weighted.k.row(key, h)[dim] = std::log(weight);
+    }
+    reference::result want = expected(repeated, all);
+    // Rounding a logarithm moves a logit by less than the bound's own unit.
+    const reference::result own = expected(weighted, all);
+    for (std::size_t i = 0; i < want.out.size(); ++i) want.out_bound[i] += own.out_bound[i];
+    for (std::size_t i = 0; i < want.lse.size(); ++i) {
+      want.lse[i] += std::log(double{factor});
+      want.lse_bound[i] += own.lse_bound[i];
+    }
+    for (const attention_plan& plan : {plan_prefill(contexts.any(), weighted.shape, dense{}),
+                                       plan_decode(contexts.any(), weighted.shape, dense{})}) {
+      for (context& ctx : contexts) {
+        const attention_result got = run(ctx, plan, weighted);
+        EXPECT_TRUE(within_bound(got.out, got.lse, want)) << name_of(ctx);
+      }
+    }
+  }
 }
 
 // As a Hadamard transform or a shift of all positions under RoPE does.
@@ -380,9 +439,7 @@ TEST(attend, one_reflection_of_all_queries_and_keys_changes_nothing) {
   }
   const reference::result reflected = expected(p, mask_of(plan));
   // The reflected rows are rounded to float, which costs the logits no more than their sums do.
-  for (std::size_t i = 0; i < want.out.size(); ++i) want.out_bound[i] += reflected.out_bound[i];
-  for (std::size_t i = 0; i < want.lse.size(); ++i) want.lse_bound[i] += reflected.lse_bound[i];
-  for (std::size_t i = 0; i < want.mass.size(); ++i) want.mass_bound[i] += reflected.mass_bound[i];
+  widen(want, reflected);
   EXPECT_TRUE(within_bound(contexts, plan, p, want));
 }
 

@@ -143,6 +143,129 @@ TEST(page_scores, bound_every_key_of_the_page) {
   }
 }
 
+// Of f32 and f16, whose rounding keeps order; int8 has a scale for each page. Best-first search
+// thus finds the best pages without scoring all.
+TEST(page_scores, of_large_pages_bound_those_of_the_pages_in_them) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  constexpr index_t dim = 24, tokens = 3000, best = 10;
+  attention_problem p(random, {1, tokens, 1, 1, dim, 8});
+  for (index_t t = 1; t < tokens; ++t) {  // neighbours are alike
+    for (index_t d = 0; d < dim; ++d) {
+      p.k.row(t, 0)[d] = 0.998f * p.k.row(t - 1, 0)[d] + 0.063f * p.k.row(t, 0)[d];
+    }
+  }
+  for (const dtype type : {dtype::f32, dtype::f16}) {
+    const auto small = summaries_of(p.k.view(), 16, type);
+    const auto large = summaries_of(p.k.view(), 128, type);
+    for (context& ctx : contexts) {
+      SCOPED_TRACE(std::string(name_of(type)) + ", " + name_of(ctx));
+      const std::vector<float> of_small = page_scores(ctx, p.q.view(), small).values;
+      const std::vector<float> of_large = page_scores(ctx, p.q.view(), large).values;
+      for (std::size_t i = 0; i < of_small.size(); ++i) {
+        ASSERT_GE(of_large[i / 8], of_small[i]) << i;
+      }
+
+      std::vector<std::pair<float, std::size_t>> order;  // of large pages, the best first
+      for (std::size_t i = 0; i < of_large.size(); ++i) order.emplace_back(-of_large[i], i);
+      std::sort(order.begin(), order.end());
+      std::vector<std::pair<float, std::size_t>> found;  // of small pages
+      std::size_t scored = 0;
+      for (const auto& [negative, page] : order) {
+        if (found.size() == best && found.back().first < negative) break;
+        for (std::size_t i = 8 * page; i < std::min(8 * page + 8, of_small.size()); ++i) {
+          found.emplace_back(-of_small[i], i);
+          ++scored;
+        }
+        std::sort(found.begin(), found.end());
+        found.resize(std::min<std::size_t>(found.size(), best));
+      }
+      std::vector<std::pair<float, std::size_t>> flat;
+      for (std::size_t i = 0; i < of_small.size(); ++i) flat.emplace_back(-of_small[i], i);
+      std::sort(flat.begin(), flat.end());
+      flat.resize(best);
+      EXPECT_EQ(found, flat);
+      EXPECT_LT(scored, of_small.size());
+    }
+  }
+}
+
+// ArkVale's box, which reaches from the middle by the mean distance and not by the largest: no
+// bound, except for a single key.
+TEST(page_scores, of_a_shrunken_box_would_be_no_bounds) {
+  random_source random(5);
+  constexpr index_t dim = 2;
+  attention_problem p(random, {1, 640, 1, 1, dim, 8});
+  const float* const q = p.q.row(0, 0);
+  const auto shrunken = [&](index_t begin, index_t end) {
+    double score = 0;
+    for (index_t d = 0; d < dim; ++d) {
+      double low = infinity, high = -infinity, reach = 0;
+      for (index_t t = begin; t < end; ++t) {
+        low = std::min(low, double{p.k.row(t, 0)[d]});
+        high = std::max(high, double{p.k.row(t, 0)[d]});
+      }
+      const double middle = (low + high) / 2;
+      for (index_t t = begin; t < end; ++t) reach += std::abs(double{p.k.row(t, 0)[d]} - middle);
+      reach /= static_cast<double>(end - begin);
+      score += double{q[d]} * middle + std::abs(double{q[d]}) * reach;
+    }
+    return score;
+  };
+  int violations = 0;
+  for (index_t page = 0; page < 160; ++page) {
+    for (index_t t = 4 * page; t < 4 * page + 4; ++t) {
+      violations += exact(q, p.k.row(t, 0), dim) > shrunken(4 * page, 4 * page + 4) ? 1 : 0;
+      EXPECT_NEAR(exact(q, p.k.row(t, 0), dim), shrunken(t, t + 1), 1e-12);
+    }
+  }
+  EXPECT_GT(violations, 10);
+}
+
+// The mass of a page of n keys lies between n exp(s q . mean) and n exp(s bound), and no key is
+// further from the mean key than by |q| times their largest distance.
+TEST(page_scores, of_means_and_bounds_enclose_the_mass_of_a_page) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  constexpr index_t dim = 24;
+  constexpr double scale = 0.2;
+  attention_problem p(random, {1, 700, 1, 1, dim, 8});
+  const float* const q = p.q.row(0, 0);
+  double length = 0;
+  for (index_t d = 0; d < dim; ++d) length += double{q[d]} * double{q[d]};
+  length = std::sqrt(length);
+  const auto bounds = summaries_of(p.k.view(), 16, dtype::f32);
+  const auto means = summaries_of(p.k.view(), 16, dtype::f32, summary_kind::mean);
+  for (context& ctx : contexts) {
+    const std::vector<float> most = page_scores(ctx, p.q.view(), bounds).values;
+    const std::vector<float> average = page_scores(ctx, p.q.view(), means).values;
+    for (index_t page = 0; page < 44; ++page) {
+      const index_t end = std::min<index_t>(700, 16 * page + 16);
+      const auto n = static_cast<double>(end - 16 * page);
+      double mass = 0, magnitude = 0, radius = 0;
+      for (index_t t = 16 * page; t < end; ++t) {
+        double distance = 0;
+        mass += std::exp(scale * exact(q, p.k.row(t, 0), dim));
+        for (index_t d = 0; d < dim; ++d) {
+          const double off = double{p.k.row(t, 0)[d]} - decoded(means[0], page, 0, d);
+          distance += off * off;
+          magnitude = std::max(magnitude, std::abs(double{q[d]} * double{p.k.row(t, 0)[d]}));
+        }
+        radius = std::max(radius, std::sqrt(distance));
+      }
+      const double slack = magnitude * dim * (dim + 20) * 0x1p-23;  // of sums of products and keys
+      EXPECT_LE(n * std::exp(scale * (double{average[at(page)]} - slack)), mass);
+      EXPECT_GE(n * std::exp(scale * (double{most[at(page)]} + slack)), mass);
+      for (index_t t = 16 * page; t < end; ++t) {
+        EXPECT_LE(exact(q, p.k.row(t, 0), dim),
+                  double{average[at(page)]} + length * radius + slack);
+      }
+    }
+  }
+}
+
 // The decoded summaries themselves: exact bounds of every element, and close ones.
 TEST(page_summaries, are_rounded_outwards) {
   random_source random(17);

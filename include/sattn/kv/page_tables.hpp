@@ -137,7 +137,7 @@ class page_tables {
     return needed;
   }
 
-  /// Moves the keys that stay together, move(to, from) each, and releases what is left over.
+  /// Moves the keys that stay together, move(to, from, places) each; releases what is left over.
   template <class Move>
   void keep(page_store& store, std::span<const std::vector<token_t>> lists, Move&& move) {
     for (index_t h = 0; h < heads(); ++h) {
@@ -155,7 +155,7 @@ class page_tables {
           const index_t from = keys[static_cast<std::size_t>(key)];
           page_slot source = find(h, from);
           if (from / page_size_ == i) source.page = before;
-          move(page_slot{entry, key % page_size_}, source);
+          move(page_slot{entry, key % page_size_}, source, key - from);
         }
         if (copied) store.release(before);
       }

@@ -9,15 +9,18 @@
 #include <sattn/kv/page_store.hpp>
 #include <sattn/kv/page_summaries.hpp>
 #include <sattn/kv/page_tables.hpp>
+#include <sattn/kv/rotary.hpp>
 #include <sattn/kv/store_row.hpp>
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -140,21 +143,17 @@ class paged_kv_cache {
   /// Throws: shape_error unless there is a list for each head, ascending and of keys that exist;
   /// capacity_error where pages that forks share must be copied and too few are free.
   /// Source: what SnapKV (arXiv:2404.14469) and Ada-KV (arXiv:2407.11550) do with their choices.
-  void evict(std::span<const std::vector<token_t>> keep) {
-    tables_.check_keep(keep);
-    reserve_pages(tables_.pages_to_keep(*store_, keep));
-    std::vector<page_summaries> kept = empty_summaries();
-    for (std::size_t i = 0; i < kept.size(); ++i) {
-      kept[i].reserve(std::ssize(keep[static_cast<std::size_t>(head_of_summary(i))]));
-    }
-    tables_.keep(*store_, keep, [&](const page_slot& to, const page_slot& from) {
-      std::memmove(k_row(to), k_row(from), static_cast<std::size_t>(layout().k_row));
-      std::memmove(v_row(to), v_row(from), static_cast<std::size_t>(layout().v_row));
-      k_scale(to) = k_scale(from);
-      v_scale(to) = v_scale(from);
-    });
-    summaries_.swap(kept);
-    update_summaries();
+  void evict(std::span<const std::vector<token_t>> keep) { evict(keep, nullptr, nullptr); }
+
+  /// The same, and keys that move are turned to the positions where they then are: a key that
+  /// `embedding` was applied to at position keep[head][i] ends as if it had been at i. Types in
+  /// steps (int8, q8_0) are rounded once more. The next token's position is tokens(kv_head).
+  /// Throws: shape_error also where the embedding does not fit, or a turned key cannot be stored.
+  /// Source: positions within the cache, StreamingLLM (arXiv:2309.17453).
+  void evict(std::span<const std::vector<token_t>> keep, const rotary_embedding& embedding) {
+    rotary rotation(embedding, shape_.head_dim);
+    std::vector<float> row(static_cast<std::size_t>(shape_.head_dim));
+    evict(keep, &rotation, row.data());
   }
 
   const kv_cache_options& options() const { return shape_; }
@@ -274,6 +273,47 @@ class paged_kv_cache {
         require(can_store_row<K>(k.row(t, h), k.dim) && can_store_row<V>(v.row(t, h), v.dim),
                 "append: token ", t, ", head ", h, " holds a number that ", name_of(dtype_of<K>),
                 " or ", name_of(dtype_of<V>), " cannot express");
+      }
+    }
+  }
+
+  /// `rotation` may be null; `row` is scratch for a key.
+  void evict(std::span<const std::vector<token_t>> keep, rotary* rotation, float* row) {
+    tables_.check_keep(keep);
+    if (rotation != nullptr) check_turned(keep, *rotation, row);
+    reserve_pages(tables_.pages_to_keep(*store_, keep));
+    std::vector<page_summaries> kept = empty_summaries();
+    for (std::size_t i = 0; i < kept.size(); ++i) {
+      kept[i].reserve(std::ssize(keep[static_cast<std::size_t>(head_of_summary(i))]));
+    }
+    tables_.keep(*store_, keep, [&](const page_slot& to, const page_slot& from, index_t places) {
+      if (rotation != nullptr && places != 0) {
+        load_row(dtype_of<K>, k_row(from), k_scale(from), shape_.head_dim, row);
+        rotation->turn(row, places);
+        store_row<K>(row, shape_.head_dim, k_row(to), k_scale(to));
+      } else {
+        std::memmove(k_row(to), k_row(from), static_cast<std::size_t>(layout().k_row));
+        k_scale(to) = k_scale(from);
+      }
+      std::memmove(v_row(to), v_row(from), static_cast<std::size_t>(layout().v_row));
+      v_scale(to) = v_scale(from);
+    });
+    summaries_.swap(kept);
+    update_summaries();
+  }
+  /// Turned keys can be longer in single elements.
+  void check_turned(std::span<const std::vector<token_t>> keep, rotary& rotation, float* row) {
+    if constexpr (!std::is_same_v<K, std::int8_t> && !std::is_same_v<K, q8_0>) return;
+    for (index_t h = 0; h < shape_.kv_heads; ++h) {
+      const auto& keys = keep[static_cast<std::size_t>(h)];
+      for (index_t i = 0; i < std::ssize(keys); ++i) {
+        const index_t key = keys[static_cast<std::size_t>(i)];
+        const page_slot slot = tables_.find(h, key);
+        load_row(dtype_of<K>, k_row(slot), k_scale(slot), shape_.head_dim, row);
+        rotation.turn(row, i - key);
+        require(can_store_row<K>(row, shape_.head_dim), "evict: key ", key, " of head ", h,
+                ", turned to position ", i, ", holds a number that ", name_of(dtype_of<K>),
+                " cannot express");
       }
     }
   }
