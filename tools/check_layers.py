@@ -26,6 +26,7 @@ LAYERS = {
     "exec": ["core", "parallel", "plan", *KERNEL_INTERFACE],
     "estimate": ["core", "kv", "plan", "budget", "pattern", "exec", *KERNEL_INTERFACE],
     "attention": ["core", "parallel", "kv", "plan", "pattern", "exec", *KERNEL_INTERFACE],
+    "method": ["core", "kv", "plan", "budget", "pattern", "exec", "estimate", "attention"],
 }
 
 # Headers outside the layers: umbrellas include anything, the version nothing.
@@ -233,7 +234,7 @@ FAULTS = [
     (planted("core/a.hpp", "#define X 1  // comment"), 3, "is not named SATTN_*"),
     (planted("core/a.hpp", *["//"] * 399), 401, "401 lines, 400 are allowed"),
     (planted("core/a.hpp", "//" + "x" * 99), 3, "101 columns, 100 are allowed"),
-    (planted("method/a.hpp"), 1, "neither a layer nor a known header"),
+    (planted("methods/a.hpp"), 1, "neither a layer nor a known header"),
     (planted("extra.hpp"), 1, "neither a layer nor a known header"),
     (("include/sattn/core/a.hpp", "#pragma once\n"), 1, "the first line is not"),
     (("include/sattn/core/a.hpp", SPDX + "\n// #pragma once\n"), 1, "no #pragma once"),

@@ -52,6 +52,27 @@ TEST(budget, ratio_keeps_one_of_many_however_small_and_none_only_for_zero) {
   EXPECT_EQ(budget::ratio(-0.0).count(1000), 0);
 }
 
+// Powers of integers by multiplication: 16^(3/4) = 8, 81^(1/4) = 3, 10,000^(1/2) = 100.
+TEST(budget, power_follows_the_length) {
+  EXPECT_EQ(budget::power(2, 0.75).count(16), 16);
+  EXPECT_EQ(budget::power(1, 0.75).count(16), 8);
+  EXPECT_EQ(budget::power(1.1, 0.75).count(16), 9);
+  EXPECT_EQ(budget::power(2, 0.25).count(81), 6);
+  EXPECT_EQ(budget::power(3, 0.5).count(10000), 300);
+  EXPECT_EQ(budget::power(7, 0).count(10000), 7);
+  EXPECT_EQ(budget::power(7, 0).count(3), 3);
+  EXPECT_EQ(budget::power(1, 2).count(100), 100);
+  EXPECT_EQ(budget::power(1e300, 300).count(100), 100);
+  EXPECT_EQ(budget::power(0, 1).count(100), 0);
+  EXPECT_EQ(budget::power(5, 1).count(0), 0);
+  // Grows with the length, and more slowly than it.
+  for (index_t n = 1; n < 5000; ++n) {
+    const budget b = budget::power(8, 0.6);
+    EXPECT_GE(b.count(n + 1), b.count(n));
+    EXPECT_LE(b.count(2 * n), 2 * b.count(n));
+  }
+}
+
 TEST(budget, bounds_clamp_the_count_and_legal_units_clamp_the_bounds) {
   EXPECT_EQ(budget::fixed(2).at_least(5).count(100), 5);
   EXPECT_EQ(budget::fixed(7).at_least(5).count(100), 7);
@@ -103,6 +124,12 @@ TEST(budget, amounts_out_of_range_are_refused) {
     const std::string what = error_of([=] { budget::coverage(mass); });
     EXPECT_EQ(what, "budget: coverage " + std::to_string(mass) + " is outside (0, 1]");
   }
+  EXPECT_NE(error_of([] { budget::power(-1, 1); }), "");
+  EXPECT_NE(error_of([] { budget::power(1, -1); }), "");
+  EXPECT_NE(error_of([] { budget::power(1, std::numeric_limits<double>::infinity()); }), "");
+  EXPECT_NE(error_of([=] { budget::power(nan, 1); }), "");
+  EXPECT_NE(error_of([] { budget::coverage_above(0); }), "");
+  EXPECT_NE(error_of([=] { budget::threshold(nan); }), "");
 }
 
 TEST(budget, bounds_that_are_negative_or_cross_are_refused) {

@@ -108,21 +108,33 @@ positions chosen_by_sorting(std::span<const float> scores, const selection& rule
     return score(a) != score(b) ? score(a) > score(b) : a < b;
   });
 
-  const bool inside = rule.keep.counted == protection::counting::inside;
+  const bool inside = rule.keep.counted != protection::counting::on_top;
+  const bool slots = rule.keep.counted == protection::counting::slots;
   const index_t counted = inside ? std::ssize(chosen) : 0;
-  index_t wanted = counted;  // units that the budget pays for
+  index_t wanted = slots ? 0 : counted;  // units that the budget pays for
   if (rule.amount.by() == budget::kind::coverage) {
+    // With slots the protected units stand where their scores put them.
+    positions candidates = slots ? legal : others;
+    std::sort(candidates.begin(), candidates.end(), [&](token_t a, token_t b) {
+      return std::pair(-score(a), a) < std::pair(-score(b), b);
+    });
     double have = 0;
-    if (inside) {
+    if (inside && !slots) {
       for (const token_t i : chosen) have += double{score(i)};
     }
     double all = have;
-    for (const token_t i : others) all += double{score(i)};
-    for (const token_t i : others) {
-      if (have >= rule.amount.share() * all && rule.amount.share() < 1) break;
+    for (const token_t i : candidates) all += double{score(i)};
+    const double target = rule.amount.share() * all;
+    for (const token_t i : candidates) {
+      const bool enough = rule.amount.beyond() ? have > target : have >= target;
+      if (enough && rule.amount.share() < 1) break;
       have += double{score(i)};
       ++wanted;
     }
+    wanted = rule.amount.clamp(wanted);
+  } else if (rule.amount.by() == budget::kind::threshold) {
+    const positions& candidates = slots ? legal : others;
+    for (const token_t i : candidates) wanted += double{score(i)} > rule.amount.threshold() ? 1 : 0;
     wanted = rule.amount.clamp(wanted);
   } else {
     wanted = rule.amount.count(count);
@@ -140,7 +152,8 @@ protection random_protection(random_source& random) {
   if (random.integer(0, 2) == 0) keep.first = random.integer(0, 6);
   if (random.integer(0, 2) == 0) keep.recent = random.integer(0, 6);
   keep.diagonal = random.integer(0, 2) == 0;
-  if (random.integer(0, 2) == 0) keep.counted = protection::counting::on_top;
+  using enum protection::counting;
+  keep.counted = random.pick({inside, inside, on_top, slots});
   return keep;
 }
 
@@ -160,7 +173,7 @@ std::string describe(std::span<const float> scores, const selection& rule, key_r
   text << "kind " << static_cast<int>(rule.amount.by()) << ", amount " << rule.amount.share()
        << ", first " << rule.keep.first << ", recent " << rule.keep.recent << ", diagonal "
        << rule.keep.diagonal << " [" << diagonal.begin << ", " << diagonal.end << ")"
-       << (rule.keep.counted == protection::counting::inside ? ", inside" : ", on top")
+       << ", counted " << static_cast<int>(rule.keep.counted)
        << ", scores";
   for (const float s : scores) text << ' ' << s;
   return text.str();
@@ -181,9 +194,11 @@ TEST(selector, counted_budgets_choose_what_a_sort_chooses) {
       s = random.pick({0.0f, -0.0f, 1.0f, 1.0f, -2.0f, 0x1p-149f, -0x1p-149f, 3.5f, lowest, -lowest,
                        infinity, nan, -nan, illegal, illegal});
     }
-    const budget amount = random.integer(0, 2) == 0
-                              ? budget::fixed(random.integer(0, many ? 3100 : 110))
-                              : budget::ratio(static_cast<double>(random.integer(0, 33)) / 32);
+    const double share = static_cast<double>(random.integer(0, 33)) / 32;
+    const budget amount =
+        random.pick({budget::fixed(random.integer(0, many ? 3100 : 110)), budget::ratio(share),
+                     budget::power(4 * share, 0.5),
+                     budget::threshold(random.pick({-3.0, 0.0, 1.0, 2.5, double{infinity}}))});
     const selection rule = {random_bounds(random, amount), random_protection(random)};
     const key_range diagonal = random_diagonal(random);
     ASSERT_EQ(choose(scores, rule, diagonal), chosen_by_sorting(scores, rule, diagonal))
@@ -200,7 +215,9 @@ TEST(selector, coverage_chooses_the_fewest_units_that_reach_the_mass) {
     for (float& s : scores) {
       s = random.integer(0, 4) == 0 ? illegal : static_cast<float>(random.integer(0, 17)) / 8;
     }
-    const budget amount = budget::coverage(static_cast<double>(random.integer(1, 65)) / 64);
+    const double share = static_cast<double>(random.integer(1, 65)) / 64;
+    const budget amount =
+        random.pick({budget::coverage(share), budget::coverage_above(share)});
     const selection rule = {random_bounds(random, amount), random_protection(random)};
     const key_range diagonal = random_diagonal(random);
     ASSERT_EQ(choose(scores, rule, diagonal), chosen_by_sorting(scores, rule, diagonal))
@@ -230,6 +247,9 @@ TEST(selector, a_larger_budget_chooses_a_superset) {
     expect_supersets([](int step) { return budget::fixed(step); });
     expect_supersets([](int step) { return budget::ratio(step / 64.0); });
     expect_supersets([](int step) { return budget::coverage(step / 64.0); });
+    expect_supersets([](int step) { return budget::coverage_above(step / 64.0); });
+    expect_supersets([](int step) { return budget::power(step, 0.7); });
+    expect_supersets([](int step) { return budget::threshold(6 - step / 8.0); });
   }
 }
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <sattn/estimate/last_queries.hpp>
+#include <sattn/estimate/antidiagonal.hpp>
+#include <sattn/estimate/row_scores.hpp>
 
 #include <gtest/gtest.h>
 
@@ -8,6 +10,7 @@
 #include <cstddef>
 #include <numeric>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -15,6 +18,7 @@
 #include "support/plans.hpp"
 #include "support/problem.hpp"
 #include "support/scores.hpp"
+#include "support/stored.hpp"
 
 namespace {
 
@@ -240,11 +244,82 @@ TEST(last_query_scores, refuse_what_does_not_fit) {
   EXPECT_NE(error_of([&] { last_query_scores(ctx, p, 64, {.scale = quiet_nan}); }), "");
   EXPECT_EQ(error_of([&] { sattn::last_query_scores(ctx, p.shape, longer.q.view(), p.k.view()); }),
             "last_query_scores: q is [5, 2] and k is [6, 1], the shape says [4, 2] and [6, 1]");
-  sattn::stored_view half = p.k.view();
-  half.type = sattn::dtype::f16;
-  EXPECT_EQ(error_of<sattn::unsupported>(
-                [&] { sattn::last_query_scores(ctx, p.shape, p.q.view(), half); }),
-            "last_query_scores: k is f16, estimators read f32 so far");
+}
+
+// Every type and layout gives the bits of the same numbers in f32, and what lies beside the keys is
+// not read.
+TEST(estimators, read_keys_however_they_are_stored) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  attention_problem p(random, {.q_len = 70, .kv_len = 300, .q_heads = 4, .kv_heads = 2,
+                               .head_dim = 32});
+  for (const sattn::dtype type : {sattn::dtype::f32, sattn::dtype::f16, sattn::dtype::bf16,
+                                  sattn::dtype::i8, sattn::dtype::q8_0}) {
+    attention_problem plain = p;
+    const test_support::encoded_rows rows(plain.k, type);
+    for (const auto layout : {test_support::storage_layout::strided,
+                              test_support::storage_layout::paged,
+                              test_support::storage_layout::ring}) {
+      const test_support::stored_tensor k(rows, layout, random);
+      for (sattn::context& ctx : contexts) {
+        SCOPED_TRACE(std::string(sattn::name_of(type)) + ", " + name_of(ctx));
+        const auto same = [&](const auto& estimate) {
+          return bit_equal(estimate(k.view), estimate(plain.k.view()));
+        };
+        EXPECT_TRUE(same([&](const sattn::stored_view& keys) {
+          return sattn::last_query_scores(ctx, p.shape, p.q.view(), keys).distances.values;
+        }));
+        EXPECT_TRUE(same([&](const sattn::stored_view& keys) {
+          return sattn::last_query_maxima(ctx, p.shape, p.q.view(), keys).values;
+        }));
+        EXPECT_TRUE(same([&](const sattn::stored_view& keys) {
+          return sattn::pooled_block_scores(ctx, p.shape, p.q.view(), keys).values;
+        }));
+        EXPECT_TRUE(same([&](const sattn::stored_view& keys) {
+          return sattn::antidiagonal_block_scores(ctx, p.shape, p.q.view(), keys).values;
+        }));
+        EXPECT_TRUE(same([&](const sattn::stored_view& keys) {
+          return sattn::row_scores(ctx, p.shape, p.q.view(), keys, {3, 40}).values;
+        }));
+      }
+    }
+  }
+}
+
+// The largest probability of a key among rows and heads, from the rows themselves.
+TEST(last_query_maxima, are_the_largest_of_the_rows_probabilities) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (int round = 0; round < 20; ++round) {
+    const attention_problem p(random, random_extents(random));
+    logit_rules rules = test_support::random_rules(random);
+    const auto last_queries = static_cast<token_t>(random.integer(1, 100));
+    const logit_rules each{rules.legal, rules.scale, rules.soft_cap, head_reduce::none};
+    const bounded_scores rows = expected_rows(p, each);
+    bounded_scores heads(rows.sets, 1, rows.cols);
+    for (index_t set = 0; set < rows.sets; ++set) {
+      for (index_t key = 0; key < rows.cols; ++key) {
+        const std::size_t to = heads.at(set, 0, key);
+        heads.value[to] = 0;
+        for (index_t r = std::max<index_t>(0, p.shape.q_len - last_queries); r < p.shape.q_len;
+             ++r) {
+          if (!rows.legal(set, r, key)) continue;
+          heads.value[to] = std::max(heads.value[to], rows.value[rows.at(set, r, key)]);
+          heads.bound[to] = std::max(heads.bound[to], rows.bound[rows.at(set, r, key)]);
+        }
+      }
+    }
+    const bounded_scores want =
+        test_support::detail::join_heads(heads, p.shape.kv_heads, rules.reduce);
+    for (sattn::context& ctx : contexts) {
+      ASSERT_TRUE(within_bound(
+          sattn::last_query_maxima(ctx, p.shape, p.q.view(), p.k.view(), last_queries, rules),
+          want))
+          << name_of(ctx);
+    }
+  }
 }
 
 // ---- select_vertical_slash

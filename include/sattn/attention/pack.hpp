@@ -4,6 +4,7 @@
 #include <sattn/attention/checks.hpp>
 #include <sattn/core/aligned_buffer.hpp>
 #include <sattn/core/math.hpp>
+#include <sattn/exec/scratch_arena.hpp>
 #include <sattn/kernel/kernel_table.hpp>
 #include <sattn/kv/stored_view.hpp>
 
@@ -12,10 +13,6 @@
 #include <numeric>
 
 namespace sattn::detail {
-
-constexpr std::size_t padded(std::size_t bytes) {
-  return static_cast<std::size_t>(round_up(static_cast<index_t>(bytes), cache_line));
-}
 
 /// How the rows of one kv head are reached: in place or packed.
 struct kv_rows {

@@ -17,24 +17,6 @@ namespace sattn::detail {
 static_assert(max_chunk_keys == chunk_keys, "plans and kernels agree on the size of a chunk");
 static_assert(sub_tile_rows == tile_lanes);
 
-/// Hands out pieces of a worker's part of the workspace, each on its own cache line.
-class scratch_arena {
- public:
-  explicit scratch_arena(std::span<std::byte> memory) : memory_(memory) {}
-
-  template <class T>
-  T* take(index_t count) {
-    const std::size_t bytes = padded(static_cast<std::size_t>(count) * sizeof(T));
-    SATTN_ASSERT(bytes <= memory_.size());
-    T* const first = reinterpret_cast<T*>(memory_.data());
-    memory_ = memory_.subspan(bytes);
-    return first;
-  }
-
- private:
-  std::span<std::byte> memory_;
-};
-
 /// Where the rows of up to chunk_keys keys lie.
 struct row_pointers {
   std::array<const void*, chunk_keys + prefetch_rows> k;

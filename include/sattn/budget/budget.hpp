@@ -15,23 +15,42 @@ namespace sattn {
 /// A budget that reaches the number of legal units keeps them all, which runs as dense attention.
 class budget {
  public:
-  enum class kind { fixed, ratio, coverage };
+  enum class kind { fixed, power, coverage, threshold };
 
   /// A count. Throws: shape_error if negative.
   static budget fixed(index_t count) {
     require(count >= 0, "budget: fixed ", count, " is negative");
-    return {kind::fixed, count, 0.0};
+    return {kind::fixed, count, 0.0, 0.0};
   }
   /// A share of the legal units, rounded up. Throws: shape_error unless within [0, 1].
   static budget ratio(double share) {
     require(share >= 0.0 && share <= 1.0, "budget: ratio ", share, " is outside [0, 1]");
-    return {kind::ratio, 0, share};
+    return {kind::power, 0, share, 1.0};
+  }
+  /// factor * legal^exponent, rounded up: a budget that follows the length, with an exponent below
+  /// 1 more slowly than a ratio does. Throws: shape_error unless factor and exponent are finite and
+  /// not negative.
+  static budget power(double factor, double exponent) {
+    require(std::isfinite(factor) && factor >= 0.0 && std::isfinite(exponent) && exponent >= 0.0,
+            "budget: power of ", factor, " and ", exponent, ", expected finite numbers >= 0");
+    return {kind::power, 0, factor, exponent};
   }
   /// The fewest units whose scores reach a share of the sum of all scores (top-p). Scores must not
   /// be negative. Throws: shape_error unless within (0, 1].
   static budget coverage(double mass) {
     require(mass > 0.0 && mass <= 1.0, "budget: coverage ", mass, " is outside (0, 1]");
-    return {kind::coverage, 0, mass};
+    return {kind::coverage, 0, mass, 0.0};
+  }
+  /// The same where the scores must exceed the share, which takes one unit more at a tie.
+  static budget coverage_above(double mass) {
+    budget b = coverage(mass);
+    b.beyond_ = true;
+    return b;
+  }
+  /// All units whose score exceeds a number. Throws: shape_error for NaN.
+  static budget threshold(double score) {
+    require(!std::isnan(score), "budget: threshold is NaN");
+    return {kind::threshold, 0, score, 0.0};
   }
 
   /// Bounds of the count, whatever the kind. Throws: shape_error if negative or crossed.
@@ -47,21 +66,27 @@ class budget {
   }
 
   kind by() const { return kind_; }
-  /// The share of a ratio or coverage budget.
-  double share() const { return share_; }
+  /// The share of a coverage budget, and whether it is to be exceeded.
+  double share() const { return number_; }
+  bool beyond() const { return beyond_; }
+  /// The score of a threshold.
+  double threshold() const { return number_; }
   index_t clamp(index_t count) const { return std::clamp(count, min_, max_); }
 
-  /// The count for so many legal units; for fixed and ratio budgets.
+  /// The count for so many legal units; for budgets that do not depend on scores.
   index_t count(index_t legal) const {
     if (kind_ == kind::fixed) return std::min(clamp(count_), legal);
     // A hair less than the product, so that 0.07 of 100 is 7 although the double is a hair more.
     constexpr double hair = 4 * std::numeric_limits<double>::epsilon();
-    const double wanted = std::ceil(share_ * static_cast<double>(legal) * (1.0 - hair));
+    const auto units = static_cast<double>(legal);
+    const double all = exponent_ == 1.0 ? units : std::pow(units, exponent_);
+    const double wanted = std::min(std::ceil(number_ * all * (1.0 - hair)), units);
     return std::min(clamp(static_cast<index_t>(wanted)), legal);
   }
 
  private:
-  budget(kind by, index_t count, double share) : kind_(by), count_(count), share_(share) {}
+  budget(kind by, index_t count, double number, double exponent)
+      : kind_(by), count_(count), number_(number), exponent_(exponent) {}
   const budget& checked() const {
     require(min_ >= 0 && min_ <= max_, "budget: at least ", min_, " and at most ", max_);
     return *this;
@@ -69,15 +94,18 @@ class budget {
 
   kind kind_;
   index_t count_;
-  double share_;
+  double number_;    // factor, share or threshold
+  double exponent_;
+  bool beyond_ = false;
   index_t min_ = 0;
   index_t max_ = std::numeric_limits<index_t>::max();
 };
 
 /// Units kept whatever their score: StreamingLLM's sinks, the recent past, a row's own place.
 struct protection {
-  // Whether protected units use up the budget or come on top of it.
-  enum class counting { inside, on_top };
+  // Whether protected units use up the budget, with their scores first, or come on top of it. With
+  // `slots` the budget is what it would be without them, and they take its places.
+  enum class counting { inside, on_top, slots };
 
   index_t first = 0;      // the first legal units
   index_t recent = 0;     // the last legal units

@@ -85,7 +85,7 @@ class selector {
     return score != score ? 0.0 : static_cast<double>(score);
   }
   static index_t covering(std::span<std::uint64_t> candidates, std::span<const float> scores,
-                          double target);
+                          double target, bool beyond);
 
   std::vector<std::uint64_t> ranks_;
 };
@@ -113,19 +113,46 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   const auto is_kept = [&](token_t i) {
     return i < first_end || i >= recent_begin || (i >= own.begin && i < own.end);
   };
-  // Stored always and kept where it is a candidate, so that nothing is to be foreseen.
   ranks_.resize(scores.size());
-  std::size_t count = 0;
-  for (token_t i = 0; i < n; ++i) {
-    ranks_[count] = rank(scores[static_cast<std::size_t>(i)], i);
-    count += is_legal(i) && !is_kept(i) ? 1 : 0;
+  // Stored always and kept where it is a candidate, so that nothing is to be foreseen.
+  const auto gather = [&](const auto& is_candidate) {
+    std::size_t count = 0;
+    for (token_t i = 0; i < n; ++i) {
+      ranks_[count] = rank(scores[static_cast<std::size_t>(i)], i);
+      count += is_candidate(i) ? 1u : 0u;
+    }
+    return std::span(ranks_).first(count);
+  };
+  const budget& amount = rule.amount;
+  const bool slots = keep.counted == protection::counting::slots;
+  index_t covered = 0;  // units that cover the share when none is protected
+  if (slots && amount.by() == budget::kind::coverage) {
+    double mass = 0.0;
+    for (const float score : scores) mass += score == illegal ? 0.0 : mass_of(score);
+    covered = amount.share() == 1.0
+                  ? legal
+                  : covering(gather(is_legal), scores, amount.share() * mass, amount.beyond());
   }
-  const std::span<std::uint64_t> candidates = std::span(ranks_).first(count);
-  const bool inside = keep.counted == protection::counting::inside;
+  const std::span<std::uint64_t> candidates =
+      gather([&](token_t i) { return is_legal(i) && !is_kept(i); });
+  const bool inside = keep.counted != protection::counting::on_top;
   const auto free = std::ssize(candidates);
   const index_t kept = legal - free;
   index_t wanted = 0;
-  if (rule.amount.by() == budget::kind::coverage) {
+  if (amount.by() == budget::kind::threshold) {
+    index_t above = 0;       // the threshold
+    index_t above_kept = 0;  // of them protected
+    for (token_t i = 0; i < n; ++i) {
+      if (!is_legal(i) || !(double{scores[static_cast<std::size_t>(i)]} > amount.threshold())) {
+        continue;
+      }
+      ++above;
+      above_kept += is_kept(i) ? 1 : 0;
+    }
+    wanted = slots    ? amount.clamp(above) - kept
+             : inside ? amount.clamp(above - above_kept + kept) - kept
+                      : amount.clamp(above - above_kept);
+  } else if (amount.by() == budget::kind::coverage) {
     double protected_mass = 0.0;
     double free_mass = 0.0;
     for (token_t i = 0; i < n; ++i) {
@@ -135,11 +162,16 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
       (is_kept(i) ? protected_mass : free_mass) += mass_of(score);
     }
     const double all = inside ? protected_mass + free_mass : free_mass;
-    const double target = rule.amount.share() * all - (inside ? protected_mass : 0.0);
-    wanted = rule.amount.share() == 1.0 ? free : covering(candidates, scores, target);
-    wanted = inside ? rule.amount.clamp(wanted + kept) - kept : rule.amount.clamp(wanted);
+    if (slots) {
+      wanted = amount.clamp(covered) - kept;
+    } else {
+      const double target = amount.share() * all - (inside ? protected_mass : 0.0);
+      wanted = amount.share() == 1.0 ? free
+                                     : covering(candidates, scores, target, amount.beyond());
+      wanted = inside ? amount.clamp(wanted + kept) - kept : amount.clamp(wanted);
+    }
   } else {
-    wanted = inside ? rule.amount.count(legal) - kept : rule.amount.count(legal);
+    wanted = inside ? amount.count(legal) - kept : amount.count(legal);
   }
   wanted = std::clamp<index_t>(wanted, 0, free);
   std::uint64_t last = 0;  // rank of the last chosen candidate
@@ -158,13 +190,13 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   }
 }
 
-/// How many of the best candidates reach the target mass; leaves them sorted.
+/// How many of the best candidates reach the target mass, or exceed it; leaves them sorted.
 inline index_t selector::covering(std::span<std::uint64_t> candidates,
-                                  std::span<const float> scores, double target) {
+                                  std::span<const float> scores, double target, bool beyond) {
   std::sort(candidates.begin(), candidates.end(), std::greater<>());
   double mass = 0.0;
   index_t count = 0;
-  while (count < std::ssize(candidates) && mass < target) {
+  while (count < std::ssize(candidates) && (beyond ? mass <= target : mass < target)) {
     const token_t position = position_of(candidates[static_cast<std::size_t>(count)]);
     mass += mass_of(scores[static_cast<std::size_t>(position)]);
     ++count;

@@ -17,17 +17,24 @@ struct pooled_block_options {
 namespace detail {
 
 /// Means of blocks of rows as [head, block, dim]; the last block is divided by what it holds.
-inline std::vector<float> pool_rows(context& ctx, const tensor_view<const float>& rows,
-                                    token_t block) {
+inline std::vector<float> pool_rows(context& ctx, const stored_view& rows, token_t block) {
   const index_t blocks = ceil_div(rows.tokens, block);
   std::vector<float> means(static_cast<std::size_t>(rows.heads * blocks * rows.dim), 0.0f);
-  ctx.executor().parallel_for(rows.heads * blocks, [&](index_t task, index_t) {
+  const worker_scratch scratch(ctx, key_rows::bytes(rows));
+  ctx.executor().parallel_for(rows.heads * blocks, [&](index_t task, index_t worker) {
+    scratch_arena arena = scratch.of(worker);
+    key_rows loaded(arena, rows);
+    const row_source source = rows.rows(task / blocks);
     const index_t begin = task % blocks * block;
     const index_t end = std::min<index_t>(begin + block, rows.tokens);
     float* const mean = means.data() + task * rows.dim;
-    for (index_t t = begin; t < end; ++t) {
-      const float* const row = rows.row(t, task / blocks);
-      for (index_t i = 0; i < rows.dim; ++i) mean[i] += row[i];
+    for (index_t first = begin; first < end; first += chunk_keys) {
+      const index_t count = std::min(chunk_keys, end - first);
+      loaded.load(ctx.kernel_table(), source, first, count);
+      for (index_t t = 0; t < count; ++t) {
+        const float* const row = loaded.row(t);
+        for (index_t i = 0; i < rows.dim; ++i) mean[i] += row[i];
+      }
     }
     for (index_t i = 0; i < rows.dim; ++i) mean[i] /= static_cast<float>(end - begin);
   });
@@ -55,45 +62,61 @@ inline key_range legal_blocks(const attention_shape& shape, const domain& legal,
 /// Source: Block-Sparse of The Sparse Frontier (arXiv:2504.17768) and MInference
 /// (arXiv:2407.02490); unlike the former, a short last block is divided by its own length.
 inline score_tensor pooled_block_scores(context& ctx, const attention_shape& shape,
-                                        const tensor_view<const float>& q,
-                                        const stored_view& stored_k,
+                                        const tensor_view<const float>& q, const stored_view& k,
                                         const pooled_block_options& options = {}) {
   const logit_rules& rules = options.rules;
-  const tensor_view<const float> k =
-      detail::check_estimate("pooled_block_scores", shape, q, stored_k, rules);
+  detail::check_estimate("pooled_block_scores", shape, q, k, rules);
   detail::check_block_sizes("pooled_block_scores", options.q_block, options.k_block);
   const index_t q_blocks = ceil_div(shape.q_len, options.q_block);
   const index_t k_blocks = ceil_div(shape.kv_len, options.k_block);
   const std::vector<float> q_means = detail::pool_rows(ctx, q, options.q_block);
   const std::vector<float> k_means = detail::pool_rows(ctx, k, options.k_block);
   const auto pooled_q = hnd(q_means.data(), q_blocks, shape.q_heads, q.dim);
-  const auto pooled_k = hnd(k_means.data(), k_blocks, shape.kv_heads, k.dim);
+  const stored_view pooled_k = hnd(k_means.data(), k_blocks, shape.kv_heads, k.dim);
 
   score_tensor scores(detail::score_sets(shape, rules.reduce), q_blocks, k_blocks,
                       detail::not_legal);
+  const kernel_table& kernels = ctx.kernel_table();
+  const detail::logit_factors factors(q.dim, rules);
+  const auto floats = [](index_t count) {
+    return detail::padded(static_cast<std::size_t>(count) * sizeof(float));
+  };
+  const detail::worker_scratch scratch(
+      ctx, detail::query_block::bytes(q.dim) + detail::key_rows::bytes(pooled_k) +
+               floats(chunk_keys * tile_lanes) + floats(tile_lanes * k_blocks));
   const index_t tiles = ceil_div(q_blocks, tile_lanes);
-  ctx.executor().parallel_for(scores.sets * tiles, [&](index_t task, index_t) {
+  ctx.executor().parallel_for(scores.sets * tiles, [&](index_t task, index_t worker) {
+    detail::scratch_arena arena = scratch.of(worker);
+    detail::query_block block(arena, q.dim);
+    detail::key_rows keys(arena, pooled_k);
+    float* const lanes = arena.take<float>(chunk_keys * tile_lanes);
+    float* const head_scores = arena.take<float>(tile_lanes * k_blocks);
     const index_t set = task / tiles;
     const index_t first = task % tiles * tile_lanes;
     const index_t rows = std::min(tile_lanes, q_blocks - first);
     const key_range heads = detail::heads_of_set(shape, rules.reduce, set);
-    detail::logit_tile logits(ctx.kernel_table(), q.dim, rules);
-    std::vector<float> head_scores(static_cast<std::size_t>(rows * k_blocks));
     for (index_t head = heads.begin; head < heads.end; ++head) {
-      logits.compute(pooled_q, head, first, rows, pooled_k, head / shape.group_size(),
-                     {0, static_cast<token_t>(k_blocks)}, head_scores.data(), k_blocks);
+      block.pack(kernels, factors, [&](index_t lane) {
+        return lane < rows ? pooled_q.row(first + lane, head) : nullptr;
+      });
+      const row_source source = pooled_k.rows(head / shape.group_size());
+      for (index_t key = 0; key < k_blocks; key += chunk_keys) {
+        const index_t count = std::min(chunk_keys, k_blocks - key);
+        keys.load(kernels, source, key, count);
+        keys.score(kernels, block, factors, nullptr, lanes);
+        for (index_t r = 0; r < rows; ++r) {
+          detail::copy_lane(lanes, count, r, head_scores + r * k_blocks + key);
+        }
+      }
       for (index_t r = 0; r < rows; ++r) {
-        const std::span<float> row(head_scores.data() + r * k_blocks,
-                                   static_cast<std::size_t>(k_blocks));
+        const std::span<float> row(head_scores + r * k_blocks, static_cast<std::size_t>(k_blocks));
         const index_t q_begin = (first + r) * options.q_block;
         const index_t q_end = std::min<index_t>(q_begin + options.q_block, shape.q_len);
         const key_range legal =
             detail::legal_blocks(shape, rules.legal, q_begin, q_end, options.k_block);
         std::fill(row.begin(), row.begin() + legal.begin, detail::not_legal);
         std::fill(row.begin() + legal.end, row.end(), detail::not_legal);
-        if (options.probabilities) {
-          ctx.kernel_table().softmax(row.data() + legal.begin, legal.size());
-        }
+        if (options.probabilities) kernels.softmax(row.data() + legal.begin, legal.size());
         detail::join_head(scores.row(set, first + r), row, head - heads.begin, heads.size(),
                           rules.reduce);
       }

@@ -5,38 +5,43 @@
 #include <sattn/estimate/scores.hpp>
 #include <sattn/pattern/token_lists.hpp>
 
-#include <memory>
+#include <algorithm>
+#include <span>
+#include <vector>
 
 namespace sattn {
 
 namespace detail {
 
 /// Attention probabilities of up to 16 rows, joined over the heads of one set; -inf where a row
-/// may not look. One per task: it holds rows x kv_len floats.
+/// may not look.
 class probability_tile {
  public:
-  probability_tile(const kernel_table& kernels, const attention_shape& shape, index_t head_dim,
+  static std::size_t bytes(const attention_shape& shape, const stored_view& k) {
+    return score_lanes::bytes(shape, k) +
+           2 * padded(static_cast<std::size_t>(tile_lanes * shape.kv_len) * sizeof(float));
+  }
+  probability_tile(scratch_arena arena, const kernel_table& kernels, const attention_shape& shape,
+                   const tensor_view<const float>& q, const stored_view& k,
                    const logit_rules& rules)
-      : kernels_(kernels), shape_(shape), rules_(rules), logits_(kernels, head_dim, rules),
-        head_(static_cast<std::size_t>(tile_lanes * shape.kv_len)),
-        joined_(static_cast<std::size_t>(tile_lanes * shape.kv_len)) {}
+      : shape_(shape), rules_(rules), lanes_(arena, kernels, shape, q, k, rules),
+        head_(arena.take<float>(tile_lanes * shape.kv_len)),
+        joined_(arena.take<float>(tile_lanes * shape.kv_len)) {}
 
-  void compute(const tensor_view<const float>& q, const tensor_view<const float>& k, index_t set,
-               index_t first_row, index_t rows) {
+  void compute(index_t set, index_t first_row, index_t rows) {
     const key_range heads = heads_of_set(shape_, rules_.reduce, set);
-    const index_t last_row = first_row + rows - 1;
-    const key_range visible = {rules_.legal.legal(shape_.position(first_row), shape_.kv_len).begin,
-                               rules_.legal.legal(shape_.position(last_row), shape_.kv_len).end};
     for (index_t head = heads.begin; head < heads.end; ++head) {
-      logits_.compute(q, head, first_row, rows, k, head / shape_.group_size(), visible,
-                      head_.data(), shape_.kv_len);
+      lanes_.score(head, first_row, rows);
+      lanes_.normalise();
+      const key_range keys = lanes_.keys();
       for (index_t r = 0; r < rows; ++r) {
-        const std::span<float> scores = span_of(head_, r);
+        const std::span<float> of_row = span_of(head_, r);
         const key_range legal = rules_.legal.legal(shape_.position(first_row + r), shape_.kv_len);
-        std::fill(scores.begin(), scores.begin() + legal.begin, not_legal);
-        std::fill(scores.begin() + legal.end, scores.end(), not_legal);
-        kernels_.softmax(scores.data() + legal.begin, legal.size());
-        join_head(span_of(joined_, r), scores, head - heads.begin, heads.size(), rules_.reduce);
+        std::fill(of_row.begin(), of_row.begin() + legal.begin, not_legal);
+        std::fill(of_row.begin() + legal.end, of_row.end(), not_legal);
+        copy_lane(lanes_.data() + (legal.begin - keys.begin) * tile_lanes, legal.size(), r,
+                  of_row.data() + legal.begin);
+        join_head(span_of(joined_, r), of_row, head - heads.begin, heads.size(), rules_.reduce);
       }
     }
   }
@@ -44,16 +49,15 @@ class probability_tile {
   std::span<float> row(index_t r) { return span_of(joined_, r); }
 
  private:
-  std::span<float> span_of(std::vector<float>& rows, index_t r) const {
-    return {rows.data() + r * shape_.kv_len, static_cast<std::size_t>(shape_.kv_len)};
+  std::span<float> span_of(float* rows, index_t r) const {
+    return {rows + r * shape_.kv_len, static_cast<std::size_t>(shape_.kv_len)};
   }
 
-  const kernel_table& kernels_;
   attention_shape shape_;
   logit_rules rules_;
-  logit_tile logits_;
-  std::vector<float> head_;
-  std::vector<float> joined_;
+  score_lanes lanes_;
+  float* head_;
+  float* joined_;
 };
 
 /// Adds the probabilities of one more row of a list; illegal only where no row may look.
@@ -76,22 +80,21 @@ inline void join_rows(std::span<float> sum, std::span<const float> row, bool fir
 /// Throws: shape_error if shapes or the rows do not fit.
 /// Cost: as dense attention without the values, and sets * rows * kv_len floats.
 inline score_tensor row_scores(context& ctx, const attention_shape& shape,
-                               const tensor_view<const float>& q,
-                               const stored_view& stored_k, key_range rows,
-                               const logit_rules& rules = {}) {
-  const tensor_view<const float> k =
-      detail::check_estimate("row_scores", shape, q, stored_k, rules);
+                               const tensor_view<const float>& q, const stored_view& k,
+                               key_range rows, const logit_rules& rules = {}) {
+  detail::check_estimate("row_scores", shape, q, k, rules);
   require(rows.begin >= 0 && rows.begin <= rows.end && rows.end <= shape.q_len,
           "row_scores: rows [", rows.begin, ", ", rows.end, ") of q_len ", shape.q_len);
   score_tensor scores(detail::score_sets(shape, rules.reduce), rows.size(), shape.kv_len,
                       detail::not_legal);
   const index_t tiles = ceil_div(rows.size(), tile_lanes);
-  ctx.executor().parallel_for(scores.sets * tiles, [&](index_t task, index_t) {
+  const detail::worker_scratch scratch(ctx, detail::probability_tile::bytes(shape, k));
+  ctx.executor().parallel_for(scores.sets * tiles, [&](index_t task, index_t worker) {
     const index_t set = task / tiles;
     const index_t first = task % tiles * tile_lanes;
     const index_t count = std::min(tile_lanes, rows.size() - first);
-    detail::probability_tile tile(ctx.kernel_table(), shape, q.dim, rules);
-    tile.compute(q, k, set, rows.begin + first, count);
+    detail::probability_tile tile(scratch.of(worker), ctx.kernel_table(), shape, q, k, rules);
+    tile.compute(set, rows.begin + first, count);
     for (index_t r = 0; r < count; ++r) {
       const std::span<const float> row = tile.row(r);
       std::copy(row.begin(), row.end(), scores.row(set, first + r).begin());
@@ -109,11 +112,10 @@ inline score_tensor row_scores(context& ctx, const attention_shape& shape,
 /// Cost: as dense attention without the values, plus a selection per row; memory
 /// 2 * 16 * kv_len floats per worker and the lists.
 inline token_lists select_tokens(context& ctx, const attention_shape& shape,
-                                 const tensor_view<const float>& q,
-                                 const stored_view& stored_k, const selection& rule,
-                                 const logit_rules& rules = {}, token_t rows_per_list = 1) {
-  const tensor_view<const float> k =
-      detail::check_estimate("select_tokens", shape, q, stored_k, rules);
+                                 const tensor_view<const float>& q, const stored_view& k,
+                                 const selection& rule, const logit_rules& rules = {},
+                                 token_t rows_per_list = 1) {
+  detail::check_estimate("select_tokens", shape, q, k, rules);
   check_selection(rule);
   require(rows_per_list >= 1 && rows_per_list <= max_tile_rows, "select_tokens: rows_per_list ",
           rows_per_list, ", expected 1 to ", max_tile_rows);
@@ -125,21 +127,17 @@ inline token_lists select_tokens(context& ctx, const attention_shape& shape,
   const index_t lists_per_task = std::max<index_t>(1, tile_lanes / rows_per_list);
   const index_t tasks_per_set = ceil_div(per_set, lists_per_task);
   std::vector<std::vector<token_t>> chosen(static_cast<std::size_t>(lists.sets * per_set));
-  struct scratch {
-    detail::probability_tile tile;
+  struct lists_of_worker {
     selector choose;
     std::vector<float> sum;
   };
-  std::vector<std::unique_ptr<scratch>> workers(
-      static_cast<std::size_t>(ctx.executor().concurrency()));
+  std::vector<lists_of_worker> workers(static_cast<std::size_t>(ctx.executor().concurrency()));
+  const detail::worker_scratch scratch(ctx, detail::probability_tile::bytes(shape, k));
 
   ctx.executor().parallel_for(lists.sets * tasks_per_set, [&](index_t task, index_t worker) {
-    std::unique_ptr<scratch>& own = workers[static_cast<std::size_t>(worker)];
-    if (own == nullptr) {
-      own.reset(new scratch{{ctx.kernel_table(), shape, q.dim, rules},
-                            {},
-                            std::vector<float>(static_cast<std::size_t>(shape.kv_len))});
-    }
+    auto& [choose, sum] = workers[static_cast<std::size_t>(worker)];
+    sum.resize(static_cast<std::size_t>(shape.kv_len));
+    detail::probability_tile tile(scratch.of(worker), ctx.kernel_table(), shape, q, k, rules);
     const index_t set = task / tasks_per_set;
     const index_t first_list = task % tasks_per_set * lists_per_task;
     const index_t end_list = std::min(first_list + lists_per_task, per_set);
@@ -147,33 +145,25 @@ inline token_lists select_tokens(context& ctx, const attention_shape& shape,
     index_t list = first_list;
     for (index_t row = first_list * rows_per_list; row < end_row; row += tile_lanes) {
       const index_t rows = std::min(tile_lanes, end_row - row);
-      own->tile.compute(q, k, set, row, rows);
+      tile.compute(set, row, rows);
       for (index_t r = row; r < row + rows; ++r) {
-        std::span<const float> scores = own->tile.row(r - row);
+        std::span<const float> scores = tile.row(r - row);
         if (rows_per_list > 1) {
-          detail::join_rows(own->sum, scores, r % rows_per_list == 0);
-          scores = own->sum;
+          detail::join_rows(sum, scores, r % rows_per_list == 0);
+          scores = sum;
         }
         const index_t next = std::min((list + 1) * rows_per_list, shape.q_len);
         if (r + 1 < next) continue;
         const key_range own_positions{shape.position(list * rows_per_list),
                                       shape.position(next)};
-        own->choose.choose(scores, rule, own_positions,
+        choose.choose(scores, rule, own_positions,
                            chosen[static_cast<std::size_t>(set * per_set + list)]);
         ++list;
       }
     }
   });
 
-  lists.indptr.reserve(chosen.size() + 1);
-  lists.indptr.push_back(0);
-  for (const std::vector<token_t>& list : chosen) {
-    lists.indptr.push_back(lists.indptr.back() + std::ssize(list));
-  }
-  lists.tokens.reserve(static_cast<std::size_t>(lists.indptr.back()));
-  for (const std::vector<token_t>& list : chosen) {
-    lists.tokens.insert(lists.tokens.end(), list.begin(), list.end());
-  }
+  lists.append(chosen);
   return lists;
 }
 

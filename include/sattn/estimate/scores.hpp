@@ -4,11 +4,14 @@
 #include <sattn/core/aligned_buffer.hpp>
 #include <sattn/core/tensor_view.hpp>
 #include <sattn/exec/context.hpp>
+#include <sattn/exec/scratch_arena.hpp>
 #include <sattn/kv/stored_view.hpp>
 #include <sattn/plan/domain.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <span>
@@ -59,11 +62,10 @@ inline void check_scores(const char* name, const score_tensor& scores) {
 
 inline constexpr float not_legal = -std::numeric_limits<float>::infinity();
 
-/// Returns the keys. Throws: shape_error where things do not fit; unsupported for keys that are not
-/// f32.
-inline tensor_view<const float> check_estimate(const char* name, const attention_shape& shape,
-                                               const tensor_view<const float>& q,
-                                               const stored_view& k, const logit_rules& rules) {
+/// Throws: shape_error where things do not fit.
+inline void check_estimate(const char* name, const attention_shape& shape,
+                           const tensor_view<const float>& q, const stored_view& k,
+                           const logit_rules& rules) {
   check_shape(shape, rules.legal);
   check_view("q", q);
   check_view("k", k);
@@ -76,14 +78,6 @@ inline tensor_view<const float> check_estimate(const char* name, const attention
   require(std::isfinite(rules.scale.value_or(1.0f)), name, ": scale is not finite");
   require(std::isfinite(rules.soft_cap) && rules.soft_cap >= 0.0f, name, ": soft_cap ",
           rules.soft_cap, ", expected a finite number >= 0");
-  require<unsupported>(k.type == dtype::f32, name, ": k is ", name_of(k.type),
-                       ", estimators read f32 so far");
-  require<unsupported>(k.strided(), name,
-                       ": k is in pages or a ring, estimators read tokens at one ",
-                       "stride so far");
-  constexpr index_t bytes = sizeof(float);
-  return {static_cast<const float*>(k.data), k.tokens, k.heads, k.dim, k.token_stride / bytes,
-          k.head_stride / bytes};
 }
 
 inline index_t score_sets(const attention_shape& shape, head_reduce reduce) {
@@ -112,59 +106,191 @@ inline void join_head(std::span<float> joined, std::span<const float> head, inde
   }
 }
 
-/// Computes logits of up to 16 rows of one query head at a time with the tile kernel.
-class logit_tile {
- public:
-  logit_tile(const kernel_table& kernels, index_t head_dim, const logit_rules& rules)
-      : kernels_(kernels), head_dim_(head_dim), soft_cap_(rules.soft_cap),
-        scale_(rules.scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)))) {
-    if (soft_cap_ != 0.0f) scale_ /= soft_cap_;
-    buffer_.reserve(static_cast<std::size_t>(lane_block_floats(head_dim, 0) +
-                                             chunk_keys * tile_lanes) *
-                    sizeof(float));
-  }
+/// What logits are made of besides the products.
+struct logit_factors {
+  float pack_scale;  // queries are packed with it
+  float soft_cap;
 
-  /// logits[r * stride + key] for rows [first_row, first_row + rows) and keys [begin, end).
-  void compute(const tensor_view<const float>& q, index_t q_head, index_t first_row, index_t rows,
-               const tensor_view<const float>& k, index_t kv_head, key_range keys, float* logits,
-               index_t stride) {
-    auto* const block = reinterpret_cast<float*>(buffer_.bytes().data());
-    float* const scores = block + lane_block_floats(head_dim_, 0);
-    pack_args pack{{}, head_dim_, 0, scale_, block};
-    for (index_t r = 0; r < rows; ++r) pack.q_rows[r] = q.row(first_row + r, q_head);
-    kernels_.pack_queries(pack);
-    const void* k_rows[chunk_keys + prefetch_rows];
-    for (index_t key = keys.begin; key < keys.end; key += chunk_keys) {
-      const index_t count = std::min<index_t>(chunk_keys, keys.end - key);
-      for (index_t i = 0; i < count + prefetch_rows; ++i) {
-        k_rows[i] = k.row(key + std::min(i, count - 1), kv_head);
-      }
-      kernels_.score_tile({.k_rows = k_rows,
-                           .v_rows = nullptr,
-                           .v_panel = 0,
-                           .count = count,
-                           .masks = nullptr,
-                           .head_dim = head_dim_,
-                           .v_dim = 0,
-                           .soft_cap = soft_cap_,
-                           .prefetch_values = false,
-                           .ahead = nullptr,
-                           .block = block,
-                           .scores = scores});
-      for (index_t r = 0; r < rows; ++r) {
-        for (index_t i = 0; i < count; ++i) {
-          logits[r * stride + key + i] = scores[i * tile_lanes + r];
-        }
+  logit_factors(index_t head_dim, const logit_rules& rules)
+      : pack_scale(rules.scale.value_or(1.0f / std::sqrt(static_cast<float>(head_dim)))),
+        soft_cap(rules.soft_cap) {
+    if (soft_cap != 0.0f) pack_scale /= soft_cap;
+  }
+};
+
+/// Up to 16 query rows in the lanes of the tile kernel.
+class query_block {
+ public:
+  static std::size_t bytes(index_t head_dim) {
+    return padded(static_cast<std::size_t>(lane_block_floats(head_dim, 0)) * sizeof(float));
+  }
+  query_block(scratch_arena& arena, index_t head_dim)
+      : head_dim_(head_dim), block_(arena.take<float>(lane_block_floats(head_dim, 0))) {}
+
+  /// row_of(lane) is a query row, or null for none.
+  template <class RowOf>
+  void pack(const kernel_table& kernels, const logit_factors& factors, const RowOf& row_of) {
+    pack_args pack{{}, head_dim_, 0, factors.pack_scale, block_};
+    for (index_t lane = 0; lane < tile_lanes; ++lane) pack.q_rows[lane] = row_of(lane);
+    kernels.pack_queries(pack);
+  }
+  index_t head_dim() const { return head_dim_; }
+  float* data() const { return block_; }
+
+ private:
+  index_t head_dim_;
+  float* block_;
+};
+
+/// Up to chunk_keys rows of K as f32, whatever they are stored as.
+class key_rows {
+ public:
+  static std::size_t bytes(const stored_view& k) {
+    return padded(static_cast<std::size_t>(widened_floats(k)) * sizeof(float));
+  }
+  key_rows(scratch_arena& arena, const stored_view& k)
+      : dim_(k.dim), widened_(arena.take<float>(widened_floats(k))) {}
+
+  /// At least one key.
+  void load(const kernel_table& kernels, const row_source& rows, std::span<const token_t> keys) {
+    count_ = std::ssize(keys);
+    rows.locate(keys.data(), count_, rows_.data());
+    if (rows.type != dtype::f32) {
+      if (has_row_scale(rows.type)) rows.read_scales(keys.data(), count_, scales_.data());
+      kernels.load_rows({rows_.data(), scales_.data(), rows.type, count_, dim_, widened_});
+      for (index_t i = 0; i < count_; ++i) {
+        rows_[static_cast<std::size_t>(i)] = widened_ + i * dim_;
       }
     }
+    std::fill(rows_.begin() + count_, rows_.end(), rows_[static_cast<std::size_t>(count_ - 1)]);
+  }
+  /// The keys first, first + step, ..., at least one.
+  void load(const kernel_table& kernels, const row_source& rows, index_t first, index_t count,
+            index_t step = 1) {
+    for (index_t i = 0; i < count; ++i) {
+      keys_[static_cast<std::size_t>(i)] = static_cast<token_t>(first + i * step);
+    }
+    load(kernels, rows, std::span(keys_).first(static_cast<std::size_t>(count)));
+  }
+
+  const float* row(index_t i) const {
+    return static_cast<const float*>(rows_[static_cast<std::size_t>(i)]);
+  }
+  /// Scores of all rows for a block of queries, [count][16]; `masks` as in tile_args.
+  void score(const kernel_table& kernels, const query_block& queries, const logit_factors& factors,
+             const std::uint16_t* masks, float* scores) const {
+    kernels.score_tile({.k_rows = rows_.data(),
+                        .v_rows = nullptr,
+                        .v_panel = 0,
+                        .count = count_,
+                        .masks = masks,
+                        .head_dim = queries.head_dim(),
+                        .v_dim = 0,
+                        .soft_cap = factors.soft_cap,
+                        .prefetch_values = false,
+                        .ahead = nullptr,
+                        .block = queries.data(),
+                        .scores = scores});
   }
 
  private:
+  static index_t widened_floats(const stored_view& k) {
+    return k.type == dtype::f32 ? 0 : chunk_keys * k.dim;
+  }
+
+  index_t dim_;
+  index_t count_ = 0;
+  float* widened_;
+  std::array<token_t, chunk_keys> keys_;
+  std::array<const void*, chunk_keys + prefetch_rows> rows_;
+  std::array<float, chunk_keys> scales_;
+};
+
+/// The parts of the workspace that the workers of a call have, each of `bytes`.
+class worker_scratch {
+ public:
+  worker_scratch(context& ctx, std::size_t bytes)
+      : bytes_(bytes),
+        memory_(ctx.workspace(bytes * static_cast<std::size_t>(ctx.executor().concurrency()))) {}
+  scratch_arena of(index_t worker) const {
+    return scratch_arena(memory_.subspan(static_cast<std::size_t>(worker) * bytes_, bytes_));
+  }
+
+ private:
+  std::size_t bytes_;
+  std::span<std::byte> memory_;
+};
+
+/// Scores [count][16] of one lane, one behind the other.
+inline void copy_lane(const float* scores, index_t count, index_t lane, float* out) {
+  for (index_t i = 0; i < count; ++i) out[i] = scores[i * tile_lanes + lane];
+}
+
+/// Keys that some of `rows` rows from first_row on may see.
+inline key_range visible_keys(const attention_shape& shape, const domain& legal, index_t first_row,
+                              index_t rows) {
+  const key_range keys{
+      legal.legal(shape.position(first_row), shape.kv_len).begin,
+      legal.legal(shape.position(first_row + rows - 1), shape.kv_len).end};
+  return {keys.begin, std::max(keys.begin, keys.end)};
+}
+
+/// Scores and probabilities of up to 16 rows of one query head against all keys that they may see,
+/// [key][16]: as the tile kernel leaves them.
+class score_lanes {
+ public:
+  static std::size_t bytes(const attention_shape& shape, const stored_view& k) {
+    return query_block::bytes(k.dim) + key_rows::bytes(k) +
+           padded(static_cast<std::size_t>(round_up(shape.kv_len, chunk_keys) * tile_lanes) *
+                  sizeof(float));
+  }
+  score_lanes(scratch_arena& arena, const kernel_table& kernels, const attention_shape& shape,
+              const tensor_view<const float>& q, const stored_view& k, const logit_rules& rules)
+      : kernels_(kernels), shape_(shape), q_(q), k_(k), legal_(rules.legal),
+        factors_(q.dim, rules), block_(arena, q.dim), rows_(arena, k),
+        scores_(arena.take<float>(round_up(shape.kv_len, chunk_keys) * tile_lanes)) {}
+
+  /// Scores of rows [first_row, first_row + rows) of a query head; -inf where a row may not look.
+  void score(index_t q_head, index_t first_row, index_t rows) {
+    keys_ = visible_keys(shape_, legal_, first_row, rows);
+    block_.pack(kernels_, factors_, [&](index_t lane) {
+      return lane < rows ? q_.row(first_row + lane, q_head) : nullptr;
+    });
+    const row_source source = k_.rows(q_head / shape_.group_size());
+    const token_t top = shape_.position(first_row);
+    const auto all = static_cast<std::uint16_t>((1u << rows) - 1);
+    std::array<std::uint16_t, chunk_keys> masks;
+    for (index_t key = keys_.begin; key < keys_.end; key += chunk_keys) {
+      const index_t count = std::min<index_t>(chunk_keys, keys_.end - key);
+      bool masked = rows < tile_lanes;
+      for (index_t i = 0; i < count; ++i) {
+        const unsigned mask = legal_.rows_that_see(static_cast<token_t>(key + i), top, rows);
+        masks[static_cast<std::size_t>(i)] = static_cast<std::uint16_t>(mask);
+        masked = masked || mask != all;
+      }
+      rows_.load(kernels_, source, key, count);
+      rows_.score(kernels_, block_, factors_, masked ? masks.data() : nullptr,
+                  scores_ + (key - keys_.begin) * tile_lanes);
+    }
+  }
+  /// Turns them into probabilities, 0 where a row may not look.
+  void normalise() { kernels_.softmax_lanes(scores_, keys_.size()); }
+
+  key_range keys() const { return keys_; }
+  /// Of keys().begin.
+  float* data() const { return scores_; }
+
+ private:
   const kernel_table& kernels_;
-  index_t head_dim_;
-  float soft_cap_;
-  float scale_;
-  aligned_buffer buffer_;
+  attention_shape shape_;
+  tensor_view<const float> q_;
+  stored_view k_;
+  domain legal_;
+  logit_factors factors_;
+  query_block block_;
+  key_rows rows_;
+  float* scores_;
+  key_range keys_;
 };
 
 }  // namespace detail

@@ -86,6 +86,14 @@ struct column_mass_args {
   float* sums;  // [columns][chunk_keys]
 };
 
+/// The probabilities of a chunk of keys for 16 rows that follow each other, to be added up.
+struct lane_sums_args {
+  const float* probabilities;  // [count][16]; 0 in dead lanes
+  index_t count;               // 1 .. chunk_keys
+  float* columns;    // [count], raised by the sums over the lanes; or null
+  float* distances;  // place of row 0 at key 0; row r at key i is at [r - i]; or null
+};
+
 struct finish_args {
   const float* block;
   index_t head_dim;

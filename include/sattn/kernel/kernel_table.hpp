@@ -33,6 +33,9 @@ struct kernel_table {
   void (*score_pages)(const page_scores_args&) noexcept;
   // Scores [count] in place to probabilities; all 0 when every score is -inf.
   void (*softmax)(float* scores, index_t count) noexcept;
+  // The same for 16 rows at once, [count][16], as score_tile leaves them.
+  void (*softmax_lanes)(float* scores, index_t count) noexcept;
+  void (*sum_probabilities)(const lane_sums_args&) noexcept;
 };
 
 /// The kernels of one instruction set; defined in kernel_table_impl.hpp.

@@ -4,6 +4,7 @@
 #include <sattn/kernel/column_mass.hpp>
 #include <sattn/kernel/decode_rows.hpp>
 #include <sattn/kernel/kernel_table.hpp>
+#include <sattn/kernel/lane_sums.hpp>
 #include <sattn/kernel/load_rows.hpp>
 #include <sattn/kernel/page_scores.hpp>
 #include <sattn/kernel/prefill_tile.hpp>
@@ -31,6 +32,8 @@ const kernel_table& kernels() {
       &kernel::column_mass_rows<Arch>,
       &kernel::score_pages<Arch>,
       &kernel::softmax<Arch>,
+      &kernel::softmax_lanes<Arch>,
+      &kernel::sum_probabilities<Arch>,
   };
   return table;
 }

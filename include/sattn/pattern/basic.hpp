@@ -3,6 +3,8 @@
 
 #include <sattn/plan/plan_writer.hpp>
 
+#include <algorithm>
+
 namespace sattn {
 
 /// All legal keys: the baseline of every comparison.
@@ -35,6 +37,24 @@ struct sliding_window {
   void emit(const plan_scope&, plan_writer& writer) const {
     require(size >= 0, "sliding_window: size ", size, " is negative");
     writer.distances(0, size);
+  }
+};
+
+/// All legal keys of the query rows from `first` on, and none of the rows before.
+struct rows_from {
+  token_t first = 0;
+
+  /// Tiles begin anew at the row.
+  tile_grid grid() const { return {64, std::max<token_t>(first, 0)}; }
+  /// Throws: shape_error if first is negative.
+  void emit(const plan_scope& scope, plan_writer& writer) const {
+    require(first >= 0, "rows_from: row ", first, " is negative");
+    for (index_t tile = 0; tile < scope.tiles(); ++tile) {
+      const key_range rows = scope.rows(tile);
+      if (rows.begin < first) continue;
+      const key_range keys = scope.visible(tile);
+      writer.range(tile, keys.begin, std::max(keys.begin, keys.end));
+    }
   }
 };
 

@@ -22,6 +22,19 @@ struct token_lists {
   std::vector<token_t> tokens;
   index_t sets = 1;
 
+  /// Adds one list after the other. Throws: std::bad_alloc.
+  void append(std::span<const std::vector<token_t>> lists) {
+    if (indptr.empty()) indptr.push_back(0);
+    indptr.reserve(indptr.size() + lists.size());
+    for (const std::vector<token_t>& list : lists) {
+      indptr.push_back(indptr.back() + std::ssize(list));
+    }
+    tokens.reserve(static_cast<std::size_t>(indptr.back()));
+    for (const std::vector<token_t>& list : lists) {
+      tokens.insert(tokens.end(), list.begin(), list.end());
+    }
+  }
+
   index_t heads() const { return sets; }
   tile_grid grid() const {
     require(rows_per_list > 0, "token_lists: rows_per_list ", rows_per_list,

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/method/method.hpp>
+#include <sattn/pattern/basic.hpp>
+
+namespace sattn {
+
+/// The first keys and the last ones, for every row: streaming attention, which estimates nothing.
+/// Source: StreamingLLM (arXiv:2309.17453); A-shape in MInference (arXiv:2407.02490).
+struct a_shape {
+  token_t sinks = 128;    // n_init
+  token_t window = 3968;  // n_local; the row's own position counts
+
+  auto choose(context&, const method_inputs&) const {
+    return sink{sinks} | sliding_window{window};
+  }
+};
+
+/// The same, and the last rows of the call attend to everything.
+/// Source: tri-shape in SCBench (arXiv:2412.10319) and MInference's code.
+struct tri_shape {
+  token_t sinks = 128;
+  token_t window = 3968;
+  token_t last_rows = 100;
+
+  /// Throws: shape_error if last_rows is negative.
+  auto choose(context&, const method_inputs& in) const {
+    require(last_rows >= 0, "tri_shape: last_rows ", last_rows, " is negative");
+    const auto first = static_cast<token_t>(std::max<index_t>(0, in.shape.q_len - last_rows));
+    return sink{sinks} | sliding_window{window} | rows_from{first};
+  }
+};
+
+}  // namespace sattn

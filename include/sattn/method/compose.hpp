@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/method/method.hpp>
+#include <sattn/method/quest.hpp>
+#include <sattn/method/snapkv.hpp>
+#include <sattn/pattern/basic.hpp>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+// Methods made of methods. Selecting and then pruning is in top_k.hpp: twilight().
+
+namespace sattn {
+
+/// The pages that hold keys of a list for each kv head, as what quest_method may choose from.
+/// Throws: shape_error unless the lists ascend and page_size is positive.
+inline block_lists pages_of(const keep_lists& kept, token_t page_size) {
+  require(page_size > 0, "pages_of: page_size ", page_size, " must be positive");
+  block_lists pages{1, page_size, {0}, {}, std::ssize(kept)};
+  for (const std::vector<token_t>& keys : kept) {
+    token_t last = -1;
+    token_t previous = -1;
+    for (const token_t key : keys) {
+      require(key > previous, "pages_of: key ", key, " follows ", previous);
+      previous = key;
+      if (key / page_size == last) continue;
+      last = key / page_size;
+      pages.indices.push_back(last);
+    }
+    pages.indptr.push_back(std::ssize(pages.indices));
+  }
+  return pages;
+}
+
+/// One choice for several decode steps and layers: what is chosen anew every `steps` steps, by the
+/// first of every `layers` layers, serves the others. Keys that came since then are attended to by
+/// all. Stateful; one per sequence.
+/// Source: KTransformers' token_step and layer_step.
+template <attention_method M>
+class reused {
+ public:
+  /// Throws: shape_error unless steps and layers are positive.
+  explicit reused(M method, index_t steps = 1, index_t layers = 1)
+      : method_(std::move(method)), steps_(steps), layers_(layers) {
+    require(steps > 0 && layers > 0, "reused: every ", steps, " steps, every ", layers, " layers");
+  }
+
+  /// Layers of a step come in order. Throws: shape_error as the method does, or where a group of
+  /// layers does not begin with its first one; std::bad_alloc.
+  any_pattern choose(context& ctx, const method_inputs& in, index_t step, index_t layer) {
+    require(step >= 0 && layer >= 0, "reused: step ", step, ", layer ", layer);
+    const auto group = static_cast<std::size_t>(layer / layers_);
+    if (groups_.size() <= group) groups_.resize(group + 1);
+    std::optional<chosen>& last = groups_[group];
+    if (layer % layers_ == 0 && (!last || step >= last->step + steps_)) {
+      last.emplace(chosen{method_.choose(ctx, in), step, in.shape.kv_len});
+    }
+    require(last.has_value(), "reused: layer ", layer, " came before layer ",
+            layer / layers_ * layers_);
+    const index_t since = in.shape.kv_len - last->kv_len;
+    require(since >= 0, "reused: ", in.shape.kv_len, " keys, ", last->kv_len,
+            " when the choice was made");
+    if (since == 0) return last->pattern;
+    // The newest row sees all of them; earlier rows of the same call a few keys more.
+    return last->pattern | sliding_window{static_cast<token_t>(since)};
+  }
+
+ private:
+  struct chosen {
+    any_pattern pattern;
+    index_t step;
+    index_t kv_len;
+  };
+  M method_;
+  index_t steps_;
+  index_t layers_;
+  std::vector<std::optional<chosen>> groups_;
+};
+
+}  // namespace sattn

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <sattn/estimate/last_queries.hpp>
+#include <sattn/method/method.hpp>
+#include <sattn/pattern/basic.hpp>
+
+#include <utility>
+#include <vector>
+
+namespace sattn {
+
+/// Vertical-slash attention: the columns and the distances that the last queries attend to most.
+///
+/// Every query head chooses for itself unless `reduce` says otherwise. Of a chunk of a prompt the
+/// last queries are those of the chunk. Budgets count columns and distances; the protected ones are
+/// a part of them.
+/// Source: MInference (arXiv:2407.02490), which computes whole tiles: rounding::cover at 64 rows.
+struct vertical_slash_method {
+  selection columns;
+  selection distances;
+  token_t last_queries = 64;
+  head_reduce reduce = head_reduce::none;
+
+  per_head choose(context& ctx, const method_inputs& in) const {
+    return select_vertical_slash(
+        last_query_scores(ctx, in.shape, in.q, in.k, last_queries, in.rules(reduce)), columns,
+        distances);
+  }
+};
+
+/// The preset of MInference's code: 30 first keys, 100 nearest distances, 64 last queries. Its own
+/// choice of distances is arbitrary where slash < 100; here all 100 nearest are kept then.
+inline vertical_slash_method minference(token_t vertical = 1000, token_t slash = 6096) {
+  return {{budget::fixed(vertical), {.first = 30}}, {budget::fixed(slash), {.first = 100}}, 64};
+}
+
+/// What MInference's search found for one head.
+struct minference_head {
+  enum class kind { vertical_slash, streaming };
+  kind type = kind::vertical_slash;
+  token_t first = 1000;   // columns, or first keys
+  token_t second = 6096;  // distances, or last keys
+};
+
+/// A setting for each query head of a layer; interop/minference_json.hpp reads them.
+struct minference_heads {
+  std::vector<minference_head> heads;
+
+  /// Throws: shape_error unless there is a setting for each query head.
+  per_head choose(context& ctx, const method_inputs& in) const {
+    require(std::ssize(heads) == in.shape.q_heads, "minference_heads: ", heads.size(),
+            " settings for ", in.shape.q_heads, " query heads");
+    const last_query_sums sums =
+        last_query_scores(ctx, in.shape, in.q, in.k, 64, in.rules(head_reduce::none));
+    per_head result;
+    selector choose_units;
+    for (index_t h = 0; h < in.shape.q_heads; ++h) {
+      const minference_head& setting = heads[static_cast<std::size_t>(h)];
+      if (setting.type == minference_head::kind::streaming) {
+        result.patterns.emplace_back(sink{setting.first} | sliding_window{setting.second});
+        continue;
+      }
+      const vertical_slash_method rules = minference(setting.first, setting.second);
+      vertical_slash pattern;
+      choose_units.choose(sums.columns.row(h, 0), rules.columns, {}, pattern.columns);
+      choose_units.choose(sums.distances.row(h, 0), rules.distances, {}, pattern.distances);
+      result.patterns.emplace_back(std::move(pattern));
+    }
+    return result;
+  }
+};
+
+/// The preset of The Sparse Frontier (arXiv:2504.17768): 4 first keys, 64 nearest distances.
+inline vertical_slash_method sf_vertical_slash(token_t vertical = 512, token_t slash = 512,
+                                               token_t approximation = 256) {
+  return {{budget::fixed(vertical), {.first = 4}},
+          {budget::fixed(slash), {.first = 64}},
+          approximation};
+}
+
+/// The same with as many columns and distances as cover a share of the mass, at least min_budget:
+/// the FlexPrefill of The Sparse Frontier. The shares are of the mass of all columns and of all
+/// distances; what is protected takes places of the budget.
+inline vertical_slash_method sf_flexprefill(double coverage = 0.65, token_t approximation = 512,
+                                            token_t min_budget = 512) {
+  using enum protection::counting;
+  const budget amount = budget::coverage_above(coverage).at_least(min_budget);
+  return {{amount, {.first = 4, .counted = slots}},
+          {amount, {.first = 64, .counted = slots}},
+          approximation};
+}
+
+}  // namespace sattn

@@ -1,0 +1,376 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <sattn/method/eviction.hpp>
+#include <sattn/method/snapkv.hpp>
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <sattn/attention/attend.hpp>
+#include <sattn/kv/paged_cache.hpp>
+#include <vector>
+
+#include "method/formulas.hpp"
+#include "support/errors.hpp"
+#include "support/problem.hpp"
+#include "support/scores.hpp"
+
+namespace {
+
+using namespace sattn;         // NOLINT(google-build-using-namespace)
+using namespace test_support;  // NOLINT(google-build-using-namespace)
+using formulas::choice;
+using formulas::numbers;
+
+attention_problem prompt(random_source& random, index_t len, index_t q_heads = 4,
+                         index_t kv_heads = 2) {
+  attention_problem p(random, {.q_len = len, .kv_len = len, .q_heads = q_heads,
+                               .kv_heads = kv_heads, .head_dim = 16, .v_dim = 8});
+  p.q.fill_normal(random, 1.5);
+  return p;
+}
+method_inputs inputs(const attention_problem& p) { return {p.shape, p.q.view(), p.k.view()}; }
+
+// pool1d(kernel, stride 1, padding kernel / 2): an average divides by the kernel, zeros behind the
+// ends; a maximum ignores them.
+numbers pool(const numbers& x, index_t width, bool maximum) {
+  numbers result;
+  for (index_t i = 0; i < std::ssize(x); ++i) {
+    double sum = 0, top = -formulas::infinite;
+    for (index_t j = i - width / 2; j <= i + width / 2; ++j) {
+      if (j < 0 || j >= std::ssize(x)) continue;
+      sum += x[at(j)];
+      top = std::max(top, x[at(j)]);
+    }
+    result.push_back(maximum ? top : sum / static_cast<double>(width));
+  }
+  return result;
+}
+
+TEST(smooth, is_pool1d) {
+  const seed_trace trace;
+  random_source random;
+  for (const index_t n : {0, 1, 2, 7, 50}) {
+    for (const index_t width : {1, 3, 5, 21}) {
+      for (const pooling kind : {pooling::average, pooling::maximum}) {
+        std::vector<float> x(at(n));
+        for (float& e : x) e = static_cast<float>(random.normal());
+        const numbers want = pool({x.begin(), x.end()}, width, kind == pooling::maximum);
+        smooth(x, width, kind);
+        for (std::size_t i = 0; i < x.size(); ++i) EXPECT_NEAR(double{x[i]}, want[i], 1e-5);
+      }
+    }
+  }
+  std::vector<float> x(3);
+  EXPECT_NE(error_of([&] { smooth(x, 4, pooling::average); }), "");
+  EXPECT_NE(error_of([&] { smooth(x, 0, pooling::average); }), "");
+}
+
+std::vector<token_t> ascending(const formulas::units& chosen) {
+  std::vector<token_t> list;
+  for (const index_t i : chosen) list.push_back(static_cast<token_t>(i));
+  return list;
+}
+
+// SnapKV as its code has it: sum over the window, pooled up to it, the window kept. A kv head takes
+// the mean of its query heads.
+TEST(snapkv, keeps_by_the_formula) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  int clear = 0;
+  for (int round = 0; round < 10; ++round) {
+    const index_t len = random.integer(100, 300), window = 32, capacity = 60;
+    const attention_problem p = prompt(random, len);
+    const keep_lists kept = snapkv(capacity).choose_kept(contexts.any(), inputs(p));
+    for (index_t set = 0; set < 2; ++set) {
+      numbers mean(at(len - window), 0.0);
+      for (index_t h = 2 * set; h < 2 * set + 2; ++h) {
+        numbers sums = formulas::last_rows(p, h, window).first;
+        sums.resize(mean.size());
+        const numbers pooled = pool(sums, 5, false);
+        for (std::size_t i = 0; i < mean.size(); ++i) mean[i] += pooled[i] / 2;
+      }
+      choice want = formulas::largest(mean, capacity - window);
+      if (want.gap < 1e-5) continue;
+      ++clear;
+      for (index_t key = len - window; key < len; ++key) want.chosen.insert(key);
+      EXPECT_EQ(kept[at(set)], ascending(want.chosen));
+    }
+  }
+  EXPECT_GT(clear, 10);
+}
+
+// The Sparse Frontier: mean over the group, then the sum, pooled with the window; 4 first and 128
+// last keys are +inf.
+numbers frontier_scores(const attention_problem& p, index_t set, index_t window, bool maxima) {
+  numbers scores(at(p.shape.kv_len), 0.0);
+  for (index_t row = p.shape.q_len - window; row < p.shape.q_len; ++row) {
+    numbers of_row(scores.size(), 0.0);
+    for (index_t h = 2 * set; h < 2 * set + 2; ++h) {
+      const numbers a = formulas::probabilities(p, h, row);
+      for (std::size_t i = 0; i < a.size(); ++i) {
+        of_row[i] = maxima ? std::max(of_row[i], a[i]) : of_row[i] + a[i] / 2;
+      }
+    }
+    for (std::size_t i = 0; i < scores.size(); ++i) {
+      scores[i] = maxima ? std::max(scores[i], of_row[i]) : scores[i] + of_row[i];
+    }
+  }
+  scores = pool(scores, 21, false);
+  for (index_t i = 0; i < 4; ++i) scores[at(i)] = formulas::infinite;
+  std::fill(scores.end() - 128, scores.end(), formulas::infinite);
+  return scores;
+}
+
+TEST(sf_snapkv, keeps_by_the_formula) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  int clear = 0;
+  for (int round = 0; round < 10; ++round) {
+    const attention_problem p = prompt(random, random.integer(200, 300));
+    const index_t capacity = random.integer(140, 180);
+    const keep_lists kept = sf_snapkv(capacity, 100).choose_kept(contexts.any(), inputs(p));
+    for (index_t set = 0; set < 2; ++set) {
+      const choice want = formulas::largest(frontier_scores(p, set, 100, false), capacity);
+      if (want.gap < 1e-5) continue;
+      ++clear;
+      EXPECT_EQ(kept[at(set)], ascending(want.chosen));
+    }
+  }
+  EXPECT_GT(clear, 8);
+}
+
+// Each head keeps its best max(int(B * 0.2), protected); the rest of H * B is of all heads.
+TEST(sf_ada_snapkv, keeps_by_the_formula_and_spends_the_budget_exactly) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  int clear = 0;
+  for (int round = 0; round < 20; ++round) {
+    const attention_problem p = prompt(random, random.integer(200, 300));
+    const index_t capacity = random.integer(140, 180);
+    const keep_lists kept = sf_ada_snapkv(capacity, 100).choose_kept(contexts.any(), inputs(p));
+    ASSERT_EQ(std::ssize(kept[0]) + std::ssize(kept[1]), 2 * capacity);
+    const index_t floor = std::max<index_t>(capacity / 5, 132);
+    std::vector<formulas::units> want(2);
+    numbers rest;
+    double gap = formulas::infinite;
+    for (index_t set = 0; set < 2; ++set) {
+      numbers scores = frontier_scores(p, set, 100, true);
+      const choice best = formulas::largest(scores, floor);
+      gap = std::min(gap, best.gap);
+      want[at(set)] = best.chosen;
+      for (const index_t i : best.chosen) scores[at(i)] = -formulas::infinite;
+      rest.insert(rest.end(), scores.begin(), scores.end());
+    }
+    const choice more = formulas::largest(rest, 2 * (capacity - floor));
+    if (std::min(gap, more.gap) < 1e-6) continue;
+    ++clear;
+    for (const index_t i : more.chosen) {
+      want[at(i / p.shape.kv_len)].insert(i % p.shape.kv_len);
+    }
+    for (index_t set = 0; set < 2; ++set) EXPECT_EQ(kept[at(set)], ascending(want[at(set)]));
+  }
+  EXPECT_GT(clear, 8);
+}
+
+TEST(ada_snapkv, spends_the_budget_exactly_whatever_is_split_evenly) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (int round = 0; round < 10; ++round) {
+    const attention_problem p = prompt(random, random.integer(100, 200), 8, 4);
+    const index_t capacity = random.integer(33, 90);
+    for (const double share : {0.0, 0.5, 1.0}) {
+      const keep_lists kept =
+          ada_snapkv(capacity, 32, share).choose_kept(contexts.any(), inputs(p));
+      index_t total = 0;
+      for (const auto& list : kept) {
+        total += std::ssize(list);
+        for (token_t key = static_cast<token_t>(p.shape.kv_len) - 32; key < p.shape.kv_len; ++key) {
+          EXPECT_TRUE(std::binary_search(list.begin(), list.end(), key));
+        }
+        if (share == 1.0) {
+          EXPECT_EQ(std::ssize(list), capacity);
+        }
+      }
+      EXPECT_EQ(total, 4 * capacity) << share;
+    }
+  }
+}
+
+TEST(cache_methods, keep_everything_where_the_budget_is_beyond_the_length) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const index_t len : {1, 2, 63, 64, 65, 300}) {
+    const attention_problem p = prompt(random, len);
+    std::vector<token_t> all(at(len));
+    std::iota(all.begin(), all.end(), 0);
+    const keep_lists want{all, all};
+    context& ctx = contexts.any();
+    for (const index_t capacity : {len, index_t{5000}}) {
+      EXPECT_EQ(snapkv(capacity).choose_kept(ctx, inputs(p)), want);
+      EXPECT_EQ(sf_snapkv(capacity).choose_kept(ctx, inputs(p)), want);
+      EXPECT_EQ(ada_snapkv(capacity).choose_kept(ctx, inputs(p)), want);
+      EXPECT_EQ(sf_ada_snapkv(capacity).choose_kept(ctx, inputs(p)), want);
+      EXPECT_EQ(pyramid(1, 4, len, capacity).choose_kept(ctx, inputs(p)), want);
+      EXPECT_EQ(tova{capacity}.choose_kept(ctx, inputs(p)), want);
+    }
+  }
+}
+
+// KVCache-Factory's integers: 8 layers, 120 + 8 of 1,000 keys, beta 20.
+TEST(pyramid, follows_the_published_schedule) {
+  // middle 120, least 6, most 234, steps of (234 - 6) / 7 = 32.
+  for (index_t layer = 0; layer < 8; ++layer) {
+    EXPECT_EQ(pyramid_capacity(layer, 8, 1000, 128, 8), 234 - 32 * layer + 8);
+  }
+  // A prompt so short that the first layer would keep more than there is: 234 >= 230 - 8 ...
+  EXPECT_EQ(pyramid_capacity(0, 8, 241, 128, 8), 233 + 8);
+  EXPECT_EQ(pyramid_capacity(7, 8, 241, 128, 8), 233 - 7 * ((233 - 7) / 7) + 8);
+  EXPECT_EQ(pyramid_capacity(3, 8, 100, 128, 8), 100);   // ... nothing is dropped
+  EXPECT_EQ(pyramid_capacity(3, 8, 239, 128, 8), 128);   // ... all layers are alike
+  EXPECT_EQ(pyramid_capacity(0, 1, 1000, 128, 8), 128);
+  EXPECT_NE(error_of([] { pyramid_capacity(8, 8, 1000, 128, 8); }), "");
+  EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 1000, 7, 8); }), "");
+}
+
+// acc_j += the attention of all rows; heaviest and most recent stay, with their sums.
+TEST(h2o, follows_a_cache_through_evictions) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  context& ctx = contexts.any();
+  const attention_problem p = prompt(random, 90);
+  paged_kv_cache<float> cache({.kv_heads = 2, .head_dim = 16, .v_dim = 8, .page_size = 8,
+                               .capacity = 200});
+  attention_history history(2);
+  const h2o method{20, 10};
+  std::vector<numbers> sums(2);                   // by place in the cache
+  std::vector<std::vector<index_t>> original(2);  // token of each place
+  for (index_t begin = 0; begin < 90; begin += 45) {
+    cache.append(p.k.view().slice(begin, begin + 45), p.v.view().slice(begin, begin + 45));
+    keep_lists expected_lists(2);
+    for (index_t h = 0; h < 2; ++h) {
+      for (index_t t = begin; t < begin + 45; ++t) original[at(h)].push_back(t);
+      const index_t keys = cache.tokens(h);
+      ASSERT_EQ(keys, std::ssize(original[at(h)]));
+      const attention_shape shape{45, keys, 2, 1, static_cast<token_t>(keys - 45)};
+      std::vector<float> out(45 * 2 * 8), lse(45 * 2), mass(at(keys));
+      const auto q = p.q.view().slice(begin, begin + 45).head_slice(2 * h, 2 * h + 2);
+      attend(ctx, plan_prefill(ctx, shape, dense{}), q, cache.view(h),
+             {nhd(out.data(), 45, 2, 8), nhd(lse.data(), 45, 2, 1), nhd(mass.data(), keys, 1, 1)});
+      history.add(h, nhd(mass.data(), keys, 1, 1));
+      // The same by the formula.
+      attention_problem now(random, {.q_len = 45, .kv_len = keys, .q_heads = 2, .kv_heads = 1,
+                                     .head_dim = 16, .v_dim = 8});
+      for (index_t t = 0; t < keys; ++t) {
+        std::copy_n(p.k.row(original[at(h)][at(t)], h), 16, now.k.row(t, 0));
+      }
+      for (index_t r = 0; r < 45; ++r) {
+        for (index_t g = 0; g < 2; ++g) {
+          std::copy_n(p.q.row(begin + r, 2 * h + g), 16, now.q.row(r, g));
+        }
+      }
+      sums[at(h)].resize(at(keys), 0.0);
+      for (index_t g = 0; g < 2; ++g) {
+        const numbers columns = formulas::last_rows(now, g, 45).first;
+        for (std::size_t i = 0; i < columns.size(); ++i) sums[at(h)][i] += columns[i];
+      }
+      if (begin == 0) {
+        EXPECT_NEAR(std::accumulate(sums[at(h)].begin(), sums[at(h)].end(), 0.0), 90, 1e-9);
+      }
+      for (std::size_t i = 0; i < sums[at(h)].size(); ++i) {
+        EXPECT_NEAR(double{history.of_head(h)[i]}, sums[at(h)][i], 1e-3);
+      }
+      numbers scores = sums[at(h)];
+      for (index_t i = keys - 10; i < keys; ++i) scores[at(i)] = formulas::infinite;
+      const choice want = formulas::largest(scores, 30);
+      ASSERT_GT(want.gap, 1e-6);
+      expected_lists[at(h)] = ascending(want.chosen);
+    }
+    const keep_lists kept = method.choose_kept(history);
+    EXPECT_EQ(kept, expected_lists);
+    cache.evict(kept);
+    history.evict(kept);
+    for (index_t h = 0; h < 2; ++h) {
+      numbers left;
+      std::vector<index_t> tokens;
+      for (const token_t i : kept[at(h)]) {
+        left.push_back(sums[at(h)][at(i)]);
+        tokens.push_back(original[at(h)][at(i)]);
+      }
+      sums[at(h)] = left;
+      original[at(h)] = tokens;
+    }
+  }
+  EXPECT_NE(error_of([&] { history.evict({{0}}); }), "");
+  EXPECT_NE(error_of([&] { history.evict({{0}, {5, 5}}); }), "");
+  EXPECT_NE(error_of([&] { history.evict({{0}, {30}}); }), "");
+  EXPECT_EQ(history.of_head(0).size(), 30U);
+  const float none = 0;
+  EXPECT_NE(error_of([&] { history.add(2, nhd(&none, 1, 1, 1)); }), "");
+  EXPECT_NE(error_of([&] { history.add(0, nhd(&none, 1, 1, 1)); }), "");
+}
+
+TEST(tova, keeps_the_same_keys_in_every_head) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  int clear = 0;
+  for (int round = 0; round < 10; ++round) {
+    const attention_problem p = prompt(random, random.integer(60, 200));
+    numbers mean(at(p.shape.kv_len), 0.0);
+    for (index_t h = 0; h < 4; ++h) {
+      const numbers a = formulas::probabilities(p, h, p.shape.q_len - 1);
+      for (std::size_t i = 0; i < a.size(); ++i) mean[i] += a[i] / 4;
+    }
+    const choice want = formulas::largest(mean, 40);
+    if (want.gap < 1e-6) continue;
+    ++clear;
+    const keep_lists kept = tova{40}.choose_kept(contexts.any(), inputs(p));
+    EXPECT_EQ(kept, (keep_lists{ascending(want.chosen), ascending(want.chosen)}));
+  }
+  EXPECT_GT(clear, 5);
+}
+
+TEST(cache_methods, choose_the_same_on_any_threads) {
+  const seed_trace trace;
+  random_source random;
+  thread_contexts contexts;
+  const attention_problem p = prompt(random, 250, 8, 4);
+  const auto same = [&](const auto& method) {
+    const keep_lists want = method.choose_kept(contexts.serial(), inputs(p));
+    for (context& ctx : contexts) EXPECT_EQ(method.choose_kept(ctx, inputs(p)), want);
+  };
+  same(snapkv(60));
+  same(sf_snapkv(150, 64));
+  same(ada_snapkv(60));
+  same(sf_ada_snapkv(150, 64));
+  same(tova{30});
+}
+
+TEST(cache_methods, refuse_what_does_not_fit) {
+  random_source random(1);
+  all_contexts contexts;
+  const attention_problem p = prompt(random, 50);
+  const auto error = [&](const auto& method) {
+    return error_of([&] { method.choose_kept(contexts.any(), inputs(p)); });
+  };
+  snapkv_method m = snapkv(40);
+  EXPECT_EQ(error(m), "");
+  m.pool_width = 4;
+  EXPECT_NE(error(m), "");
+  m = snapkv(-1);
+  EXPECT_NE(error(m), "");
+  m = snapkv(40);
+  m.reduce = head_reduce::none;
+  EXPECT_NE(error(m), "");
+  EXPECT_NE(error(tova{-1}), "");
+}
+
+}  // namespace

@@ -1,0 +1,551 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <sattn/method/a_shape.hpp>
+#include <sattn/method/block_sparse.hpp>
+#include <sattn/method/flexprefill.hpp>
+#include <sattn/method/top_k.hpp>
+#include <sattn/method/vertical_slash.hpp>
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "method/formulas.hpp"
+#include "support/errors.hpp"
+#include "support/plans.hpp"
+#include "support/problem.hpp"
+#include "support/scores.hpp"
+
+namespace {
+
+using namespace sattn;         // NOLINT(google-build-using-namespace)
+using namespace test_support;  // NOLINT(google-build-using-namespace)
+using formulas::choice;
+using formulas::numbers;
+using formulas::units;
+
+// What float scores may be off by, of sums of up to 512 probabilities or of mean products.
+constexpr double rounding_gap = 1e-4;
+
+attention_problem prefill_problem(random_source& random, index_t len, index_t q_heads = 2,
+                                  index_t kv_heads = 1, double deviation = 1.5) {
+  attention_problem p(random, {.q_len = len, .kv_len = len, .q_heads = q_heads,
+                               .kv_heads = kv_heads, .head_dim = 16, .v_dim = 8});
+  p.q.fill_normal(random, deviation);
+  return p;
+}
+
+template <attention_method M>
+attention_plan plan_of_method(context& ctx, const attention_problem& p, const M& method,
+                              const plan_options& options = {}) {
+  return plan_prefill(ctx, p.q.view(), p.kv(), method, {.plan = options}).plan;
+}
+
+// ---- vertical-slash -----------------------------------------------------------------------------
+
+struct slash_sets {
+  choice columns;
+  choice distances;
+
+  bool clear() const { return columns.gap > rounding_gap && distances.gap > rounding_gap; }
+  bool holds(index_t key, index_t distance) const {
+    return columns.chosen.contains(key) || distances.chosen.contains(distance);
+  }
+};
+
+// vert[0:sinks] = inf, slash[-local:] = inf, top-k of each: MInference and The Sparse Frontier.
+slash_sets slash_formula(const attention_problem& p, index_t head, index_t last, index_t vertical,
+                         index_t slash, index_t sinks, index_t local) {
+  auto [columns, distances] = formulas::last_rows(p, head, last);
+  for (index_t i = 0; i < std::min(sinks, p.shape.kv_len); ++i) columns[at(i)] = infinity;
+  for (index_t i = 0; i < std::min(local, p.shape.kv_len); ++i) distances[at(i)] = infinity;
+  return {formulas::largest(columns, vertical), formulas::largest(distances, slash)};
+}
+
+template <class Formula>
+void expect_slashes(const attention_problem& p, const attention_plan& plan, int& clear,
+                    const Formula& formula) {
+  std::vector<slash_sets> of_head;
+  bool all_clear = true;
+  for (index_t h = 0; h < p.shape.q_heads; ++h) {
+    of_head.push_back(formula(h));
+    all_clear = all_clear && of_head.back().clear();
+  }
+  if (!all_clear) return;
+  ++clear;
+  EXPECT_TRUE(selects(plan, [&](index_t head, index_t row, index_t key) {
+    return of_head[at(head)].holds(key, p.shape.q_offset + row - key);
+  }));
+}
+
+TEST(vertical_slash_method, chooses_by_the_formula) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  int clear = 0;
+  for (int round = 0; round < 12; ++round) {
+    const attention_problem p = prefill_problem(random, random.integer(120, 400));
+    context& ctx = contexts.any();
+    const auto vertical = static_cast<token_t>(random.integer(35, 60));
+    const auto slash = static_cast<token_t>(random.integer(105, 118));
+    expect_slashes(p, plan_of_method(ctx, p, sf_vertical_slash(vertical, slash, 96)), clear,
+                   [&](index_t h) { return slash_formula(p, h, 96, vertical, slash, 4, 64); });
+    expect_slashes(p, plan_of_method(ctx, p, minference(vertical, slash)), clear,
+                   [&](index_t h) { return slash_formula(p, h, 64, vertical, slash, 30, 100); });
+  }
+  EXPECT_GT(clear, 4);
+}
+
+// Sizes by cover(), then the forced ones take places.
+TEST(sf_flexprefill, chooses_by_the_formula) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  int clear = 0;
+  for (int round = 0; round < 40; ++round) {
+    const attention_problem p = prefill_problem(random, random.integer(150, 300), 1);
+    const double alpha = random.pick({0.3, 0.65, 0.9});
+    const index_t least = random.pick<index_t>({1, 70});
+    auto [columns, distances] = formulas::last_rows(p, 0, 80);
+    const auto [vertical, vertical_gap] = formulas::cover(columns, alpha);
+    const auto [slash, slash_gap] = formulas::cover(distances, alpha);
+    if (std::min(vertical_gap, slash_gap) < 1e-3) continue;
+    expect_slashes(p, plan_of_method(contexts.any(), p, sf_flexprefill(alpha, 80, token_t(least))),
+                   clear, [&](index_t h) {
+                     // All protected ones are kept, also where the size is smaller.
+                     return slash_formula(p, h, 80, std::max<index_t>({vertical, least, 4}),
+                                          std::max<index_t>({slash, least, 64}), 4, 64);
+                   });
+  }
+  EXPECT_GT(clear, 5);
+}
+
+TEST(minference_heads, choose_as_each_setting_says) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  const attention_problem p = prefill_problem(random, 300, 2, 1);
+  using kind = minference_head::kind;
+  const minference_heads method{{{kind::vertical_slash, 40, 110}, {kind::streaming, 5, 33}}};
+  const attention_plan both = plan_of_method(contexts.any(), p, method);
+  const auto first = expand(plan_of_method(contexts.any(), p, minference(40, 110)), 0);
+  EXPECT_EQ(expand(both, 0), first);
+  EXPECT_EQ(expand(both, 1), expand(plan_of_method(contexts.any(), p, a_shape{5, 33}), 1));
+  EXPECT_NE(error_of([&] {
+              plan_of_method(contexts.any(), p, minference_heads{{method.heads[0]}});
+            }), "");
+}
+
+// ---- blocks -------------------------------------------------------------------------------------
+
+// S[i][i] = S[i][i-1] = S[i][0] = inf, S[i][j > i] = -inf, the k largest of each row.
+choice block_row(const attention_problem& p, index_t head, index_t i, index_t block, index_t k,
+                 bool forced) {
+  numbers scores;
+  for (index_t j = 0; j * block < p.shape.kv_len; ++j) {
+    const bool own = forced && (j == 0 || j == i || j == i - 1);
+    scores.push_back(j > i ? -formulas::infinite
+                     : own ? formulas::infinite
+                           : formulas::pooled(p, head, i, j, block, block));
+  }
+  return formulas::largest(scores, k);
+}
+
+TEST(block_sparse_method, chooses_by_the_formula) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const bool forced : {true, false}) {
+    const index_t block = forced ? 16 : 64;
+    const attention_problem p = prefill_problem(random, 700, 2, 1);
+    const index_t k = 5;
+    const attention_plan plan =
+        forced ? plan_of_method(contexts.any(), p, sf_block_sparse(16, k))
+               : plan_of_method(contexts.any(), p, minference_block(k));
+    int clear = 0;
+    for (index_t h = 0; h < 2; ++h) {
+      const std::vector<std::uint8_t> mask = expand(plan, h);
+      for (index_t i = 0; i * block < 700; ++i) {
+        const choice want = block_row(p, h, i, block, k, forced);
+        if (want.gap < rounding_gap) continue;
+        ++clear;
+        for (index_t row = i * block; row < std::min<index_t>(700, (i + 1) * block); ++row) {
+          for (index_t key = 0; key < 700; ++key) {
+            const bool seen = mask[at(row * 700 + key)] != 0;
+            ASSERT_EQ(seen, key <= row && want.chosen.contains(key / block)) << row << " " << key;
+          }
+        }
+      }
+    }
+    EXPECT_GT(clear, 15);
+  }
+}
+
+// ---- FlexPrefill --------------------------------------------------------------------------------
+
+// The blocks of one head, row by row, as pairs row * blocks + column.
+choice flexprefill_formula(const attention_problem& p, index_t head, const flexprefill& m,
+                           bool& query_aware) {
+  const index_t block = m.block_size;
+  const index_t n = (p.shape.q_len + block - 1) / block;
+  const auto [columns, distances] = formulas::last_rows(p, head, block);
+  const auto blocks_for = [&](const numbers& x, double& gap) {
+    const auto [count, distance] = formulas::cover(x, m.coverage);
+    gap = std::min(gap, distance);
+    const index_t least = (m.min_budget + block - 1) / block;
+    return std::max(least, count / block + 1);
+  };
+  choice result;
+  const numbers vertical = formulas::blocks_of(columns, block);
+  const numbers slash = formulas::blocks_of(distances, block);
+  std::vector<numbers> rows;  // softmax of mean products, causal
+  for (index_t i = 0; i < n; ++i) {
+    numbers row;
+    for (index_t j = 0; j <= i; ++j) row.push_back(formulas::pooled(p, head, i, j, block, block));
+    rows.push_back(formulas::softmax(row));
+  }
+  double divergence = 0;
+  double all = 0;
+  for (const double x : vertical) all += x;
+  for (index_t j = 0; j < n; ++j) {
+    const double a = rows.back()[at(j)], b = vertical[at(j)] / all, mean = (a + b) / 2;
+    divergence += (a > 0 ? a * std::log(a / mean) : 0) / 2;
+    divergence += (b > 0 ? b * std::log(b / mean) : 0) / 2;
+  }
+  query_aware = std::sqrt(divergence) < m.divergence_limit;
+  result.gap = std::abs(std::sqrt(divergence) - m.divergence_limit);
+  const index_t least = (m.min_budget + block - 1) / block;
+  numbers v = vertical, s = slash;
+  v[0] = s[0] = formulas::infinite;
+  const choice wide = formulas::largest(v, query_aware ? least : blocks_for(columns, result.gap));
+  const choice deep = formulas::largest(s, query_aware ? least : blocks_for(distances, result.gap));
+  result.gap = std::min({result.gap, wide.gap, deep.gap});
+  for (index_t i = 0; i < n; ++i) {
+    for (const index_t j : wide.chosen) {
+      if (j <= i) result.chosen.insert(i * n + j);
+    }
+    for (const index_t d : deep.chosen) {
+      if (d <= i) result.chosen.insert(i * n + i - d);
+    }
+  }
+  if (query_aware) {
+    std::vector<std::pair<double, index_t>> pool;
+    for (index_t i = 0; i < n; ++i) {
+      for (index_t j = 0; j <= i; ++j) pool.emplace_back(-rows[at(i)][at(j)], i * n + j);
+    }
+    std::sort(pool.begin(), pool.end());
+    double mass = 0;
+    const double target = m.coverage * static_cast<double>(n);
+    for (std::size_t i = 0; i < pool.size() && mass < target; ++i) {
+      mass -= pool[i].first;
+      result.gap = std::min(result.gap, std::abs(mass - target));
+      if (i + 1 < pool.size()) {
+        if (mass >= target) result.gap = std::min(result.gap, pool[i + 1].first - pool[i].first);
+      }
+      result.chosen.insert(pool[i].second);
+    }
+  }
+  return result;
+}
+
+TEST(flexprefill, chooses_by_the_formula) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  int clear = 0, aware = 0, slashes = 0;
+  for (int round = 0; round < 60; ++round) {
+    const attention_problem p =
+        prefill_problem(random, 32 * random.integer(6, 14), 1, 1, random.pick({0.3, 1.5}));
+    flexprefill m{.coverage = random.pick({0.5, 0.8}), .min_budget = 64, .block_size = 32};
+    m.divergence_limit = random.pick({0.05, 0.3});
+    bool query_aware = false;
+    const choice want = flexprefill_formula(p, 0, m, query_aware);
+    if (want.gap < 1e-5) continue;
+    ++clear;
+    ++(query_aware ? aware : slashes);
+    const index_t n = p.shape.q_len / 32;
+    EXPECT_TRUE(selects(plan_of_method(contexts.any(), p, m),
+                        [&](index_t, index_t row, index_t key) {
+                          return want.chosen.contains(row / 32 * n + key / 32);
+                        }))
+        << (query_aware ? "query-aware" : "vertical-slash");
+  }
+  EXPECT_GT(clear, 20);
+  EXPECT_GT(aware, 5);
+  EXPECT_GT(slashes, 5);
+}
+
+TEST(flexprefill, short_prompts_run_dense) {
+  random_source random(1);
+  all_contexts contexts;
+  const attention_problem p = prefill_problem(random, 256);
+  EXPECT_EQ(plan_of_method(contexts.any(), p, flexprefill{}).stats().density_selected(), 1.0);
+  const flexprefill m{.coverage = 0.1, .min_budget = 1};
+  EXPECT_EQ(plan_of_method(contexts.any(), p, m).stats().density_selected(), 1.0);
+  const attention_problem longer = prefill_problem(random, 500);
+  EXPECT_LT(plan_of_method(contexts.any(), longer, m).stats().density_selected(), 1.0);
+}
+
+TEST(jensen_shannon_distance, is_0_for_equal_and_largest_for_disjoint_distributions) {
+  const std::vector<float> a{1, 2, 3, 0}, twice{2, 4, 6, 0}, other{0, 0, 0, 5}, none(4, 0.0f);
+  EXPECT_EQ(jensen_shannon_distance(a, a), 0);
+  EXPECT_EQ(jensen_shannon_distance(a, twice), 0);
+  EXPECT_NEAR(jensen_shannon_distance(a, other), std::sqrt(std::log(2.0)), 1e-12);
+  EXPECT_EQ(jensen_shannon_distance(a, none), 0);
+  EXPECT_EQ(jensen_shannon_distance(other, a), jensen_shannon_distance(a, other));
+}
+
+// ---- streaming ----------------------------------------------------------------------------------
+
+TEST(tri_shape, is_the_a_shape_and_its_last_rows_are_dense) {
+  random_source random(1);
+  all_contexts contexts;
+  for (const index_t len : {1, 50, 99, 100, 101, 300, 1000}) {
+    const attention_problem p = prefill_problem(random, len, 2, 1);
+    EXPECT_TRUE(selects(plan_of_method(contexts.any(), p, tri_shape{8, 40}),
+                        [&](index_t, index_t row, index_t key) {
+                          return key < 8 || row - key < 40 || row >= len - 100;
+                        }))
+        << len;
+    EXPECT_TRUE(selects(plan_of_method(contexts.any(), p, a_shape{8, 40}),
+                        [&](index_t, index_t row, index_t key) {
+                          return key < 8 || row - key < 40;
+                        }))
+        << len;
+  }
+}
+
+// ---- what holds for every method ----------------------------------------------------------------
+
+struct named_method {
+  std::string name;
+  std::function<attention_plan(context&, const attention_problem&)> plan;
+  bool estimates = true;
+};
+
+template <attention_method M>
+named_method named(std::string name, const M& method, bool estimates = true) {
+  return {std::move(name), [=](context& ctx, const attention_problem& p) {
+            return plan_of_method(ctx, p, method);
+          }, estimates};
+}
+
+// With budgets so small that 1,000 tokens are sparse.
+std::vector<named_method> small_methods() {
+  return {named("a_shape", a_shape{4, 60}, false),
+          named("tri_shape", tri_shape{4, 60, 30}, false),
+          named("sf_vertical_slash", sf_vertical_slash(16, 80, 64)),
+          named("minference", minference(40, 120)),
+          named("sf_flexprefill", sf_flexprefill(0.3, 64, 20)),
+          named("flexprefill", flexprefill{.coverage = 0.3, .min_budget = 64, .block_size = 32}),
+          named("sf_block_sparse", sf_block_sparse(16, 6)),
+          named("minference_block", minference_block(3)),
+          named("xattention", xattention{.stride = 8, .threshold = 0.3, .block_size = 64}),
+          named("top_k", top_k(20)),
+          named("twilight", twilight(0.5))};
+}
+std::vector<named_method> large_methods() {
+  return {named("a_shape", a_shape{}),
+          named("tri_shape", tri_shape{}),
+          named("sf_vertical_slash", sf_vertical_slash(2000, 2000)),
+          named("minference", minference()),
+          named("sf_flexprefill", sf_flexprefill(1.0)),
+          named("flexprefill", flexprefill{}),
+          named("sf_block_sparse", sf_block_sparse()),
+          named("minference_block", minference_block()),
+          named("xattention", xattention{.threshold = 1.0}),
+          named("top_k", top_k(1000)),
+          named("twilight", twilight(1.0))};
+}
+
+// The budgets of the presets cover all of these lengths: the bits of dense attention.
+TEST(prefill_methods, run_dense_where_the_budget_is_beyond_the_length) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  context& ctx = contexts.any();
+  for (const index_t len : {1, 2, 63, 64, 65, 1000}) {
+    const attention_problem p = prefill_problem(random, len, 4, 2);
+    const attention_result dense_result = run(ctx, plan_prefill(ctx, p.shape, dense{}), p);
+    for (const named_method& m : large_methods()) {
+      const attention_plan plan = m.plan(ctx, p);
+      EXPECT_EQ(plan.stats().density_selected(), 1.0) << m.name << ", " << len;
+      EXPECT_TRUE(bit_equal(run(ctx, plan, p), dense_result)) << m.name << ", " << len;
+    }
+  }
+}
+
+TEST(prefill_methods, select_within_the_causal_mask_what_attend_then_attends_to) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const index_t len : {1, 2, 63, 64, 65, 1000}) {
+    const attention_problem p = prefill_problem(random, len, 2, 1);
+    for (const named_method& m : small_methods()) {
+      SCOPED_TRACE(m.name + ", " + std::to_string(len));
+      const attention_plan plan = m.plan(contexts.any(), p);
+      const mask_function mask = mask_of(plan);
+      for (index_t h = 0; h < 2; ++h) {
+        for (index_t row = 0; row < len; ++row) {
+          index_t keys = 0;
+          for (index_t key = 0; key < len; ++key) {
+            if (!mask(h, row, key)) continue;
+            ++keys;
+            ASSERT_LE(key, row);
+          }
+          ASSERT_GT(keys, 0) << "row " << row;
+        }
+      }
+      if (len == 1000) {
+        EXPECT_LT(plan.stats().density_selected(), 0.8);
+      }
+      if (len <= 65) {
+        EXPECT_TRUE(within_bound(contexts, plan, p));
+      }
+    }
+  }
+}
+
+// Whatever comes after a row: nothing that a method chooses shows it to the row.
+TEST(prefill_methods, no_row_sees_what_comes_after_it) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  context& ctx = contexts.any();
+  attention_problem p = prefill_problem(random, 300, 2, 1);
+  for (const named_method& m : small_methods()) {
+    const attention_plan plan = m.plan(ctx, p);
+    const attention_result before = run(ctx, plan, p);
+    attention_problem changed = p;
+    for (index_t t = 200; t < 300; ++t) {
+      changed.k.fill_row(t, 0, 7.0f);
+      changed.v.fill_row(t, 0, -3.0f);
+    }
+    const attention_result after = run(ctx, plan, changed);
+    EXPECT_TRUE(bit_equal(before.rows(p, 0, 200), after.rows(p, 0, 200))) << m.name;
+    EXPECT_FALSE(bit_equal(before.rows(p, 200, 300), after.rows(p, 200, 300))) << m.name;
+  }
+}
+
+TEST(prefill_methods, choose_the_same_on_any_threads) {
+  const seed_trace trace;
+  random_source random;
+  thread_contexts contexts;
+  const attention_problem p = prefill_problem(random, 500, 4, 2);
+  for (const named_method& m : small_methods()) {
+    const attention_plan want = m.plan(contexts.serial(), p);
+    for (context& ctx : contexts) {
+      const attention_plan got = m.plan(ctx, p);
+      for (index_t h = 0; h < 4; ++h) EXPECT_EQ(expand(got, h), expand(want, h)) << m.name;
+    }
+  }
+}
+
+// A chunk of a prompt, at the end of a longer cache: the same rules, the last rows of the chunk.
+TEST(prefill_methods, of_a_chunk_look_at_the_chunk) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  context& ctx = contexts.any();
+  attention_problem p(random, {.q_len = 200, .kv_len = 500, .head_dim = 16, .v_dim = 8});
+  const slash_sets want = slash_formula(p, 0, 64, 40, 120, 30, 100);
+  if (want.clear()) {
+    EXPECT_TRUE(selects(plan_of_method(ctx, p, minference(40, 120)),
+                        [&](index_t, index_t row, index_t key) {
+                          return want.holds(key, 300 + row - key);
+                        }));
+  }
+  for (const named_method& m : small_methods()) {
+    const attention_plan plan = m.plan(ctx, p);
+    EXPECT_TRUE(within_bound(contexts, plan, p)) << m.name;
+    // Rows before the last ones of the chunk decide nothing for vertical-slash.
+    attention_problem other = p;
+    for (index_t t = 0; t < 100; ++t) other.q.fill_row(t, 0, 0.1f);
+    if (m.name == "minference" || m.name == "sf_vertical_slash" || m.name == "sf_flexprefill") {
+      EXPECT_EQ(expand(m.plan(ctx, other), 0), expand(plan, 0)) << m.name;
+    }
+  }
+}
+
+// A larger budget keeps what a smaller one kept.
+TEST(prefill_methods, budgets_are_monotone) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  context& ctx = contexts.any();
+  const attention_problem p = prefill_problem(random, 400, 2, 1);
+  const auto grows = [&](const auto& method_at) {
+    std::vector<std::uint8_t> before(at(400 * 400), 0);
+    for (int step = 1; step <= 8; ++step) {
+      const std::vector<std::uint8_t> mask = expand(plan_of_method(ctx, p, method_at(step)), 1);
+      for (std::size_t i = 0; i < mask.size(); ++i) ASSERT_GE(mask[i], before[i]);
+      before = mask;
+    }
+  };
+  grows([](int s) { return sf_vertical_slash(token_t(8 * s), token_t(64 + 20 * s), 64); });
+  grows([](int s) { return minference(token_t(30 + s), token_t(100 + 10 * s)); });
+  grows([](int s) { return sf_flexprefill(s / 8.0, 64, 10); });
+  grows([](int s) { return sf_block_sparse(16, 3 + s); });
+  grows([](int s) { return minference_block(s); });
+  grows([](int s) { return xattention{.stride = 8, .threshold = s / 8.0, .block_size = 32}; });
+  grows([](int s) {
+    return flexprefill{.coverage = s / 8.0, .divergence_limit = 0, .min_budget = 32,
+                       .block_size = 32};
+  });
+  grows([](int s) { return top_k(10 * s); });
+  grows([](int s) { return twilight(s / 8.0); });
+  grows([](int s) { return a_shape{token_t(s), token_t(10 * s)}; });
+}
+
+// ---- scores from elsewhere ----------------------------------------------------------------------
+
+TEST(scored_blocks, choose_by_the_scores_given) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  const attention_problem p = prefill_problem(random, 200, 4, 2);
+  score_tensor scores(2, 4, 4, 0.0f);
+  for (float& s : scores.values) s = static_cast<float>(random.normal());
+  for (index_t set = 0; set < 2; ++set) {
+    for (std::size_t i = 0; i < 4; ++i) {
+      for (std::size_t j = i + 1; j < 4; ++j) scores.row(set, index_t(i))[j] = -infinity;
+    }
+  }
+  const attention_plan plan = plan_of_method(
+      contexts.any(), p, scored_blocks{scores, {budget::threshold(0.3), {.diagonal = true}}});
+  EXPECT_TRUE(selects(plan, [&](index_t head, index_t row, index_t key) {
+    return row / 64 == key / 64 || scores.row(head / 2, row / 64)[at(key / 64)] > 0.3f;
+  }));
+}
+
+TEST(scored_tokens, choose_by_the_scores_given) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  const attention_problem p = prefill_problem(random, 90, 2, 1);
+  score_tensor scores(1, 90, 90, -infinity);
+  // As a sum of rectified products: many zeros, so that ties decide.
+  for (index_t row = 0; row < 90; ++row) {
+    for (index_t key = 0; key <= row; ++key) {
+      scores.row(0, row)[at(key)] = std::max(0.0f, static_cast<float>(random.integer(-3, 4)));
+    }
+  }
+  const attention_plan plan =
+      plan_of_method(contexts.any(), p, scored_tokens{scores, {budget::fixed(20)}});
+  EXPECT_TRUE(selects(plan, [&](index_t, index_t row, index_t key) {
+    index_t better = 0;
+    for (index_t other = 0; other <= row; ++other) {
+      const float a = scores.row(0, row)[at(other)], b = scores.row(0, row)[at(key)];
+      better += a > b || (a == b && other < key) ? 1 : 0;
+    }
+    return better < 20;
+  }));
+  const score_tensor wrong(1, 90, 80, 0.0f);
+  EXPECT_NE(error_of([&] {
+              plan_of_method(contexts.any(), p, scored_tokens{wrong, {budget::fixed(1)}});
+            }), "");
+}
+
+}  // namespace
