@@ -140,6 +140,27 @@ TEST(choose_over_heads, spends_the_budget_exactly) {
   EXPECT_GT(original_misses, 100);
 }
 
+// Heads that have too few units leave theirs to the others.
+TEST(choose_over_heads, spends_the_budget_exactly_on_heads_of_any_number_of_units) {
+  const seed_trace trace;
+  random_source random;
+  for (int round = 0; round < 3000; ++round) {
+    const index_t heads = random.integer(1, 6), units = 30;
+    std::vector<float> scores(static_cast<std::size_t>(heads * units), illegal);
+    index_t legal = 0;
+    for (index_t h = 0; h < heads; ++h) {
+      for (index_t n = random.integer(0, units + 1); n > 0; --n) {
+        scores[static_cast<std::size_t>(h * units + n - 1)] = static_cast<float>(random.normal());
+        ++legal;
+      }
+    }
+    const index_t of_head = random.integer(0, units + 5);
+    const double share = random.pick({0.1, 0.5, 0.9, 1.0});
+    const lists chosen = choose(scores, heads, {.of_head = of_head, .uniform_share = share});
+    ASSERT_EQ(size_of(chosen), std::min(heads * of_head, legal)) << heads << " " << share;
+  }
+}
+
 // A floor of the whole budget is SnapKV; without one no split of the budget keeps more mass.
 TEST(choose_over_heads, goes_from_uniform_to_the_most_mass) {
   const seed_trace trace;

@@ -64,6 +64,7 @@ TEST(budget, power_follows_the_length) {
   EXPECT_EQ(budget::power(1, 2).count(100), 100);
   EXPECT_EQ(budget::power(1e300, 300).count(100), 100);
   EXPECT_EQ(budget::power(0, 1).count(100), 0);
+  EXPECT_EQ(budget::power(0, 200).count(100), 0);
   EXPECT_EQ(budget::power(5, 1).count(0), 0);
   // Grows with the length, and more slowly than it.
   for (index_t n = 1; n < 5000; ++n) {

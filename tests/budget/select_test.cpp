@@ -97,7 +97,8 @@ positions chosen_by_sorting(std::span<const float> scores, const selection& rule
     const token_t i = legal[static_cast<std::size_t>(n)];
     const bool first = n < rule.keep.first;
     const bool recent = count - n <= rule.keep.recent;
-    const bool own = rule.keep.diagonal && diagonal.begin <= i && i < diagonal.end;
+    const bool own =
+        rule.keep.diagonal && diagonal.begin - rule.keep.before <= i && i < diagonal.end;
     (first || recent || own ? chosen : others).push_back(i);
   }
   std::sort(others.begin(), others.end(), [&](token_t a, token_t b) {
@@ -152,6 +153,7 @@ protection random_protection(random_source& random) {
   if (random.integer(0, 2) == 0) keep.first = random.integer(0, 6);
   if (random.integer(0, 2) == 0) keep.recent = random.integer(0, 6);
   keep.diagonal = random.integer(0, 2) == 0;
+  if (random.integer(0, 2) == 0) keep.before = random.integer(0, 3);
   using enum protection::counting;
   keep.counted = random.pick({inside, inside, on_top, slots});
   return keep;
@@ -337,7 +339,7 @@ TEST(selector, negative_protection_is_refused) {
   EXPECT_EQ(error_of([] {
               choose({1.0f}, {budget::fixed(1), {.first = -1}});
             }),
-            "selection: protected first -1 and recent 0 must not be negative");
+            "selection: protected first -1, recent 0 and before 0 must not be negative");
   EXPECT_NE(error_of([] { choose({1.0f}, {budget::fixed(1), {.recent = -2}}); }), "");
 }
 

@@ -115,8 +115,6 @@ TEST(antidiagonal_block_scores, are_the_mass_of_blocks_by_the_formula) {
     o.block = o.stride * random.pick<token_t>({1, 3, 8});
     o.rules = test_support::random_rules(random);
     o.rules.soft_cap = 0;
-    o.rules.legal.window = 0;  // strided windows are wider: legal pairs of groups
-    o.rules.legal.prefix = 0;
     const bounded_scores want = expected_mass(p, o);
     for (sattn::context& ctx : contexts) {
       ASSERT_TRUE(within_bound(

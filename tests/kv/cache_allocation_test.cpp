@@ -110,6 +110,9 @@ TEST(cache_allocation, a_failure_changes_nothing) {
   expect_strong_guarantee("truncate", append(0, 280), [](cache_type& c) { c.truncate(131); });
   const std::vector<std::vector<token_t>> keep = {{0, 1, 2, 5, 100, 299}, {7}};
   expect_strong_guarantee("evict", append(0, 300), [&](cache_type& c) { c.evict(keep); });
+  const rotary_embedding embedding{.dims = 2, .base = 100};
+  expect_strong_guarantee("evict and turn", append(0, 300),
+                          [&](cache_type& c) { c.evict(keep, embedding); });
 }
 
 }  // namespace

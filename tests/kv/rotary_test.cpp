@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <limits>
 #include <sattn/kv/paged_cache.hpp>
 #include <vector>
 
@@ -98,6 +100,9 @@ TEST(rotary, says_what_does_not_fit) {
   EXPECT_NE(of({.dims = 3}, 8), "");
   EXPECT_NE(of({.dims = -2}, 8), "");
   EXPECT_NE(of({.frequencies = {1.0}}, 8), "");
+  EXPECT_NE(of({.base = 0}, 8), "");
+  EXPECT_NE(of({.base = std::numeric_limits<double>::infinity()}, 8), "");
+  EXPECT_NE(of({.dims = 2, .frequencies = {std::nan("")}}, 8), "");
   EXPECT_EQ(of({.dims = 2, .frequencies = {1.0}}, 8), "");
 }
 
@@ -179,21 +184,34 @@ TEST(paged_cache, evicted_keys_turn_to_where_they_are) {
   expect_turned_keys<q8_0>();
 }
 
-TEST(paged_cache, keys_that_cannot_be_stored_where_they_turn_stay_as_they_were) {
-  owned_tensor k(4, 1, 2), v(4, 1, 2);
-  k.fill(3.3e38f);
+template <class K>
+void expect_unchanged_where_keys_cannot_turn(float size) {
+  owned_tensor k(4, 1, 32), v(4, 1, 32);
+  k.fill(size);
   v.fill(1);
-  paged_kv_cache<std::int8_t> cache({.head_dim = 2, .page_size = 2, .capacity = 8});
+  paged_kv_cache<K> cache({.head_dim = 32, .page_size = 2, .capacity = 8});
   cache.append(k.view(), v.view());
+  const kv_view before = cache.view();
+  const auto* const bytes = static_cast<const std::byte*>(before.k.data);
+  const std::vector<std::byte> memory(bytes, bytes + before.k.pages.pool * before.k.pages.stride);
   const std::vector<std::vector<token_t>> keep{{0, 2}};
   // 45 degrees a position: one element becomes 1.41 times as large.
-  const rotary_embedding eighth{.frequencies = {std::acos(-1.0) / 4}};
+  const rotary_embedding eighth{.dims = 2, .frequencies = {std::acos(-1.0) / 4}};
   EXPECT_NE(error_of([&] { cache.evict(keep, eighth); }).find("key 2"), std::string::npos);
   EXPECT_NE(error_of([&] { cache.evict(keep, {.dims = 1}); }), "");
   EXPECT_EQ(cache.tokens(0), 4);
   EXPECT_EQ(cache.free_pages(), 2);
+  EXPECT_TRUE(std::equal(memory.begin(), memory.end(), bytes));
   cache.evict(keep);
   EXPECT_EQ(cache.tokens(0), 2);
+}
+
+TEST(paged_cache, keys_that_cannot_be_stored_where_they_turn_stay_as_they_were) {
+  expect_unchanged_where_keys_cannot_turn<std::int8_t>(3.3e38f);
+  expect_unchanged_where_keys_cannot_turn<q8_0>(8e6f);
+  expect_unchanged_where_keys_cannot_turn<f16>(60000.0f);
+  expect_unchanged_where_keys_cannot_turn<bf16>(3.3e38f);
+  expect_unchanged_where_keys_cannot_turn<float>(3.3e38f);
 }
 
 }  // namespace

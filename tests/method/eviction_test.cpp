@@ -177,6 +177,76 @@ TEST(sf_ada_snapkv, keeps_by_the_formula_and_spends_the_budget_exactly) {
   EXPECT_GT(clear, 8);
 }
 
+// A floor above what is protected: of smaller windows than the preset's.
+TEST(sf_ada_snapkv, keeps_a_floor_of_every_head) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  int above_floor = 0;
+  for (int round = 0; round < 10; ++round) {
+    attention_problem p = prompt(random, 200);
+    for (index_t t = 0; t < 200; ++t) {  // the first kv head has one key that takes all
+      for (index_t d = 0; d < 16; ++d) p.k.row(t, 0)[d] *= t == 50 ? 8.0f : 0.01f;
+    }
+    snapkv_method m = sf_ada_snapkv(50, 20, 0.4);
+    m.pool_width = 1;
+    m.keep = {.first = 1, .recent = 2};
+    m.adaptive = adaptive_budget{.floor = 20};
+    const keep_lists kept = m.choose_kept(contexts.any(), inputs(p));
+    EXPECT_EQ(std::ssize(kept[0]) + std::ssize(kept[1]), 100);
+    EXPECT_GE(std::ssize(kept[0]), 20);
+    EXPECT_GE(std::ssize(kept[1]), 20);
+    above_floor += std::ssize(kept[0]) > 20 && std::ssize(kept[1]) > 20 ? 1 : 0;
+    m.adaptive->floor = 0;
+    const keep_lists free = m.choose_kept(contexts.any(), inputs(p));
+    EXPECT_LE(std::min(std::ssize(free[0]), std::ssize(free[1])),
+              std::min(std::ssize(kept[0]), std::ssize(kept[1])));
+  }
+  EXPECT_LT(above_floor, 10);
+}
+
+// Ada-KV's code: maxima of 7 of the sums up to the window, the best of all heads, then each head's
+// count moved half of the way to the mean and its best keys. One query head a kv head.
+TEST(ada_snapkv, keeps_by_the_formula) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  int clear = 0;
+  for (int round = 0; round < 20; ++round) {
+    const index_t len = random.integer(100, 160), window = 32, capacity = 50;
+    const attention_problem p = prompt(random, len, 2, 2);
+    const keep_lists kept = ada_snapkv(capacity).choose_kept(contexts.any(), inputs(p));
+    numbers all;
+    for (index_t h = 0; h < 2; ++h) {
+      numbers sums = formulas::last_rows(p, h, window).first;
+      sums.resize(at(len - window));
+      const numbers pooled = pool(sums, 7, true);
+      all.insert(all.end(), pooled.begin(), pooled.end());
+    }
+    const index_t prefix = len - window;
+    // Windows of maxima are often equal: the lower head and position win.
+    const choice global = formulas::largest(all, 2 * (capacity - window));
+    double counts[2] = {0, 0};
+    for (const index_t i : global.chosen) counts[i / prefix] += 1;
+    if ((global.gap != 0 && global.gap < 1e-6) || counts[0] + counts[1] != 36) continue;
+    const index_t first = static_cast<index_t>(std::ceil(0.5 * counts[0] + 0.5 * 18));
+    const index_t counts_kept[2] = {first, 36 - first};
+    bool distinct = true;
+    std::vector<std::vector<token_t>> want(2);
+    for (index_t h = 0; h < 2; ++h) {
+      const numbers of_head(all.begin() + h * prefix, all.begin() + (h + 1) * prefix);
+      choice best = formulas::largest(of_head, counts_kept[h]);
+      distinct = distinct && (best.gap == 0 || best.gap > 1e-6);
+      for (index_t key = prefix; key < len; ++key) best.chosen.insert(key);
+      want[at(h)] = ascending(best.chosen);
+    }
+    if (!distinct) continue;
+    ++clear;
+    EXPECT_EQ(kept, want) << counts[0] << " " << counts[1];
+  }
+  EXPECT_GT(clear, 8);
+}
+
 TEST(ada_snapkv, spends_the_budget_exactly_whatever_is_split_evenly) {
   const seed_trace trace;
   random_source random;

@@ -40,23 +40,40 @@ inline void choose_over_heads(std::span<const float> scores, index_t heads,
 
 namespace detail {
 
-/// Numbers whose sum is that of `counts`, each moved a share of the way to their mean, in whole
-/// steps: the fractions that are largest are rounded up, of equal ones the first.
-inline std::vector<index_t> even_out(const std::vector<index_t>& counts, double share) {
+/// Numbers whose sum is that of `counts`, each moved a share of the way to an even split that gives
+/// none more than its limit, in whole steps: the fractions that are largest are rounded up, of
+/// equal ones the first. No count exceeds its limit.
+inline std::vector<index_t> even_out(const std::vector<index_t>& counts,
+                                     const std::vector<index_t>& limits, double share) {
   index_t total = 0;
   for (const index_t c : counts) total += c;
-  const double mean = static_cast<double>(total) / static_cast<double>(std::ssize(counts));
-  std::vector<index_t> even;
+  std::vector<std::size_t> order(counts.size());
+  for (std::size_t h = 0; h < order.size(); ++h) order[h] = h;
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t a, std::size_t b) { return limits[a] < limits[b]; });
+  std::vector<double> level(counts.size());
+  auto left = static_cast<double>(total);
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    const double even = left / static_cast<double>(order.size() - i);
+    level[order[i]] = std::min(even, static_cast<double>(limits[order[i]]));
+    left -= level[order[i]];
+  }
+  std::vector<index_t> result;
   std::vector<std::pair<double, std::size_t>> fractions;  // negative, so that the largest is first
   for (std::size_t h = 0; h < counts.size(); ++h) {
-    const double wanted = (1.0 - share) * static_cast<double>(counts[h]) + share * mean;
-    even.push_back(static_cast<index_t>(std::floor(wanted)));
-    fractions.emplace_back(std::floor(wanted) - wanted, h);
-    total -= even.back();
+    const double wanted = (1.0 - share) * static_cast<double>(counts[h]) + share * level[h];
+    result.push_back(std::min(static_cast<index_t>(std::floor(wanted)), limits[h]));
+    fractions.emplace_back(static_cast<double>(result.back()) - wanted, h);
+    total -= result.back();
   }
   std::sort(fractions.begin(), fractions.end());
-  for (index_t i = 0; i < total; ++i) ++even[fractions[static_cast<std::size_t>(i)].second];
-  return even;
+  for (std::size_t i = 0; total > 0 && i < fractions.size(); ++i) {
+    const std::size_t h = fractions[i].second;
+    if (result[h] == limits[h]) continue;
+    ++result[h];
+    --total;
+  }
+  return result;
 }
 
 }  // namespace detail
@@ -103,8 +120,13 @@ inline void choose_over_heads(std::span<const float> scores, index_t heads,
   }
   if (rule.uniform_share == 0.0) return;
   std::vector<index_t> counts;
-  for (const std::vector<token_t>& list : chosen) counts.push_back(std::ssize(list));
-  counts = detail::even_out(counts, rule.uniform_share);
+  std::vector<index_t> legal;
+  for (std::size_t h = 0; h < chosen.size(); ++h) {
+    const std::span<const float> of_head = scores.subspan(h * units, units);
+    counts.push_back(std::ssize(chosen[h]));
+    legal.push_back(std::ssize(of_head) - std::count(of_head.begin(), of_head.end(), illegal));
+  }
+  counts = detail::even_out(counts, legal, rule.uniform_share);
   for (std::size_t h = 0; h < chosen.size(); ++h) {
     choose.choose(scores.subspan(h * units, units), {budget::fixed(counts[h]), rule.keep}, {},
                   chosen[h]);

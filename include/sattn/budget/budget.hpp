@@ -80,7 +80,8 @@ class budget {
     constexpr double hair = 4 * std::numeric_limits<double>::epsilon();
     const auto units = static_cast<double>(legal);
     const double all = exponent_ == 1.0 ? units : std::pow(units, exponent_);
-    const double wanted = std::min(std::ceil(number_ * all * (1.0 - hair)), units);
+    const double wanted =
+        number_ == 0.0 ? 0.0 : std::min(std::ceil(number_ * all * (1.0 - hair)), units);
     return std::min(clamp(static_cast<index_t>(wanted)), legal);
   }
 
@@ -110,6 +111,7 @@ struct protection {
   index_t first = 0;      // the first legal units
   index_t recent = 0;     // the last legal units
   bool diagonal = false;  // the units that hold the rows' own positions
+  index_t before = 0;     // so many units before those
   counting counted = counting::inside;
 };
 
@@ -121,8 +123,9 @@ struct selection {
 
 /// Throws shape_error if protected counts are negative.
 inline void check_selection(const selection& rule) {
-  require(rule.keep.first >= 0 && rule.keep.recent >= 0, "selection: protected first ",
-          rule.keep.first, " and recent ", rule.keep.recent, " must not be negative");
+  require(rule.keep.first >= 0 && rule.keep.recent >= 0 && rule.keep.before >= 0,
+          "selection: protected first ", rule.keep.first, ", recent ", rule.keep.recent,
+          " and before ", rule.keep.before, " must not be negative");
 }
 
 }  // namespace sattn

@@ -109,7 +109,10 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   for (index_t left = keep.recent; left > 0 && recent_begin > 0;) {
     if (is_legal(--recent_begin)) --left;
   }
-  const key_range own = keep.diagonal ? diagonal : key_range{};
+  key_range own{};
+  if (keep.diagonal) {
+    own = {static_cast<token_t>(std::max<index_t>(diagonal.begin - keep.before, 0)), diagonal.end};
+  }
   const auto is_kept = [&](token_t i) {
     return i < first_end || i >= recent_begin || (i >= own.begin && i < own.end);
   };

@@ -25,7 +25,7 @@ constexpr index_t floor_div(index_t x, index_t step) {
 }
 
 /// The same attention with `stride` rows and keys as one: a pair is legal where some pair of theirs
-/// is.
+/// is, the last rows filled up to a group.
 struct strided_problem {
   attention_shape shape;
   domain legal;
@@ -34,7 +34,12 @@ struct strided_problem {
       : shape{ceil_div(s.q_len, stride), ceil_div(s.kv_len, stride), s.q_heads, s.kv_heads,
               static_cast<token_t>(floor_div(index_t{s.q_offset} + stride - 1, stride))},
         legal(d) {
-    if (d.window > 0) legal.window = static_cast<token_t>(ceil_div(d.window, stride) + 1);
+    if (d.window > 0) {
+      // The first row of a group sees the window's oldest key, the last row says where it stands.
+      const index_t behind = s.q_offset - floor_div(s.q_offset, stride) * stride;
+      legal.window = static_cast<token_t>((behind > 0 ? 2 : 1) +
+                                          floor_div(d.window + stride - 2 - behind, stride));
+    }
     legal.prefix = static_cast<token_t>(ceil_div(d.prefix, stride));
   }
 };

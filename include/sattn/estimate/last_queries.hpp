@@ -78,7 +78,8 @@ inline void join_maximum(float* joined, const float* values, index_t count, bool
 /// Fewer rows than last_queries means all of them. With chunked prefill these are the last rows of
 /// the chunk. A maximum over heads is taken of each row's probabilities, before they are summed.
 /// Throws: shape_error if shapes do not fit, last_queries < 1 or a borrowed workspace is too small.
-/// Cost: last_queries rows of dense scores; parallel over sets; for each worker 17 * kv_len floats.
+/// Cost: last_queries rows of dense scores; parallel over sets; for each worker 17 * kv_len floats,
+/// 33 * kv_len for a maximum over heads.
 /// Source: MInference (arXiv:2407.02490), section 3.
 inline last_query_sums last_query_scores(context& ctx, const attention_shape& shape,
                                          const tensor_view<const float>& q, const stored_view& k,

@@ -57,7 +57,7 @@ inline key_range legal_blocks(const attention_shape& shape, const domain& legal,
 ///
 /// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim]; result
 /// [sets, ceil(q_len / q_block), ceil(kv_len / k_block)], -inf where no pair is legal.
-/// Throws: shape_error if shapes or block sizes do not fit.
+/// Throws: shape_error if shapes or block sizes do not fit, or a borrowed workspace is too small.
 /// Cost: one pass over q and k, then 1 / (q_block * k_block) of dense scores.
 /// Source: Block-Sparse of The Sparse Frontier (arXiv:2504.17768) and MInference
 /// (arXiv:2407.02490); unlike the former, a short last block is divided by its own length.

@@ -77,7 +77,7 @@ inline void join_rows(std::span<float> sum, std::span<const float> row, bool fir
 ///
 /// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim]; result
 /// [sets, end - begin, kv_len], -inf where a row may not look.
-/// Throws: shape_error if shapes or the rows do not fit.
+/// Throws: shape_error if shapes or the rows do not fit, or a borrowed workspace is too small.
 /// Cost: as dense attention without the values, and sets * rows * kv_len floats.
 inline score_tensor row_scores(context& ctx, const attention_shape& shape,
                                const tensor_view<const float>& q, const stored_view& k,
@@ -108,9 +108,10 @@ inline score_tensor row_scores(context& ctx, const attention_shape& shape,
 ///
 /// Shapes: as row_scores; the lists have sets = q_heads or, where heads are reduced, kv_heads.
 /// Protected `diagonal` keys are those at the positions of the list's rows.
-/// Throws: shape_error if shapes do not fit or rows_per_list is outside [1, 128].
+/// Throws: shape_error if shapes do not fit, rows_per_list is outside [1, 128] or a borrowed
+/// workspace is too small.
 /// Cost: as dense attention without the values, plus a selection per row; memory
-/// 2 * 16 * kv_len floats per worker and the lists.
+/// 3 * 16 * kv_len floats per worker and the lists.
 inline token_lists select_tokens(context& ctx, const attention_shape& shape,
                                  const tensor_view<const float>& q, const stored_view& k,
                                  const selection& rule, const logit_rules& rules = {},

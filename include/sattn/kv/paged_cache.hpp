@@ -13,6 +13,7 @@
 #include <sattn/kv/store_row.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -301,21 +302,31 @@ class paged_kv_cache {
     summaries_.swap(kept);
     update_summaries();
   }
-  /// Turned keys can be longer in single elements.
+  /// Turned keys can be longer in single elements: what was finite must remain so.
   void check_turned(std::span<const std::vector<token_t>> keep, rotary& rotation, float* row) {
-    if constexpr (!std::is_same_v<K, std::int8_t> && !std::is_same_v<K, q8_0>) return;
     for (index_t h = 0; h < shape_.kv_heads; ++h) {
       const auto& keys = keep[static_cast<std::size_t>(h)];
       for (index_t i = 0; i < std::ssize(keys); ++i) {
         const index_t key = keys[static_cast<std::size_t>(i)];
         const page_slot slot = tables_.find(h, key);
+        if (key == i) continue;
         load_row(dtype_of<K>, k_row(slot), k_scale(slot), shape_.head_dim, row);
+        const bool finite = stays_finite(row);
         rotation.turn(row, i - key);
-        require(can_store_row<K>(row, shape_.head_dim), "evict: key ", key, " of head ", h,
-                ", turned to position ", i, ", holds a number that ", name_of(dtype_of<K>),
-                " cannot express");
+        require(!finite || (can_store_row<K>(row, shape_.head_dim) && stays_finite(row)),
+                "evict: key ", key, " of head ", h, ", turned to position ", i,
+                ", holds a number that ", name_of(dtype_of<K>), " cannot express");
       }
     }
+  }
+
+  /// Whether a row has only finite numbers once it is stored.
+  bool stays_finite(const float* row) const {
+    return std::all_of(row, row + shape_.head_dim, [](float x) {
+      if constexpr (std::is_same_v<K, f16>) x = to_float(to_f16(x));
+      if constexpr (std::is_same_v<K, bf16>) x = to_float(to_bf16(x));
+      return std::isfinite(x);
+    });
   }
 
   void reserve_pages(index_t needed) const {

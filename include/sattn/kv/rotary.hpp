@@ -32,14 +32,18 @@ struct rotary_embedding {
 class rotary {
  public:
   /// For rows of `dim` elements. Throws: shape_error unless the elements that turn are an even
-  /// number of those that exist, and frequencies none or one for each pair; std::bad_alloc.
+  /// number of those that exist, the base finite and positive, and frequencies finite and none or
+  /// one for each pair; std::bad_alloc.
   rotary(const rotary_embedding& embedding, index_t dim)
       : first_(embedding.first), pairs_(embedding.pairs) {
     const index_t dims = embedding.dims == 0 ? dim - first_ : embedding.dims;
     require(first_ >= 0 && dims >= 0 && dims % 2 == 0 && dims <= dim - first_,
             "rotary: ", dims, " elements from ", first_, " of ", dim,
             ", expected an even number of them");
+    require(std::isfinite(embedding.base) && embedding.base > 0.0, "rotary: base ",
+            embedding.base);
     frequencies_ = embedding.frequencies;
+    for (const double f : frequencies_) require(std::isfinite(f), "rotary: frequency ", f);
     require(frequencies_.empty() || std::ssize(frequencies_) == dims / 2, "rotary: ",
             frequencies_.size(), " frequencies for ", dims / 2, " pairs");
     for (index_t i = std::ssize(frequencies_); i < dims / 2; ++i) {

@@ -29,7 +29,9 @@ struct block_sparse_method {
 /// The preset of The Sparse Frontier: the first block, the row's own and the one before are a part
 /// of top_blocks.
 inline block_sparse_method sf_block_sparse(token_t block_size = 16, index_t top_blocks = 64) {
-  return {{budget::fixed(top_blocks), {.first = 1, .recent = 2}}, block_size, block_size};
+  return {{budget::fixed(top_blocks), {.first = 1, .diagonal = true, .before = 1}},
+          block_size,
+          block_size};
 }
 
 /// The preset of MInference's code: blocks of 64, none of them protected.
@@ -38,7 +40,7 @@ inline block_sparse_method minference_block(index_t top_blocks = 100) {
 }
 
 /// Blocks by their mass along antidiagonals, as many as reach a threshold of each row of blocks;
-/// the first block and the row's own count first.
+/// the first block and the row's own count first. Throws: shape_error where a soft cap is set.
 /// Source: XAttention (arXiv:2503.16428).
 struct xattention {
   token_t stride = 16;

@@ -14,15 +14,16 @@
 
 namespace sattn {
 
-/// The pages that hold keys of a list for each kv head, as what quest_method may choose from.
+/// The pages that hold keys of a list for each kv head, chosen from the first `keys` keys: what
+/// quest_method may choose from.
 /// Throws: shape_error unless the lists ascend and page_size is positive.
-inline block_lists pages_of(const keep_lists& kept, token_t page_size) {
-  require(page_size > 0, "pages_of: page_size ", page_size, " must be positive");
+inline preselected_pages pages_of(const keep_lists& kept, token_t page_size, index_t keys) {
+  require(page_size > 0 && keys >= 0, "pages_of: pages of ", page_size, ", ", keys, " keys");
   block_lists pages{1, page_size, {0}, {}, std::ssize(kept)};
-  for (const std::vector<token_t>& keys : kept) {
+  for (const std::vector<token_t>& list : kept) {
     token_t last = -1;
     token_t previous = -1;
-    for (const token_t key : keys) {
+    for (const token_t key : list) {
       require(key > previous, "pages_of: key ", key, " follows ", previous);
       previous = key;
       if (key / page_size == last) continue;
@@ -31,12 +32,13 @@ inline block_lists pages_of(const keep_lists& kept, token_t page_size) {
     }
     pages.indptr.push_back(std::ssize(pages.indices));
   }
-  return pages;
+  return {std::move(pages), keys};
 }
 
 /// One choice for several decode steps and layers: what is chosen anew every `steps` steps, by the
 /// first of every `layers` layers, serves the others. Keys that came since then are attended to by
-/// all. Stateful; one per sequence.
+/// all. Layers that a method treats apart need groups of their own. Every step has as many rows.
+/// Stateful; one per sequence.
 /// Source: KTransformers' token_step and layer_step.
 template <attention_method M>
 class reused {
@@ -47,15 +49,18 @@ class reused {
     require(steps > 0 && layers > 0, "reused: every ", steps, " steps, every ", layers, " layers");
   }
 
-  /// Layers of a step come in order. Throws: shape_error as the method does, or where a group of
-  /// layers does not begin with its first one; std::bad_alloc.
+  /// Layers of a step come in order. Throws: shape_error as the method does, where a group of
+  /// layers does not begin with its first one, or where keys were dropped since: call forget()
+  /// then; std::bad_alloc.
   any_pattern choose(context& ctx, const method_inputs& in, index_t step, index_t layer) {
     require(step >= 0 && layer >= 0, "reused: step ", step, ", layer ", layer);
     const auto group = static_cast<std::size_t>(layer / layers_);
     if (groups_.size() <= group) groups_.resize(group + 1);
     std::optional<chosen>& last = groups_[group];
     if (layer % layers_ == 0 && (!last || step >= last->step + steps_)) {
-      last.emplace(chosen{method_.choose(ctx, in), step, in.shape.kv_len});
+      method_inputs of_layer = in;
+      of_layer.layer = layer;
+      last.emplace(chosen{method_.choose(ctx, of_layer), step, in.shape.kv_len});
     }
     require(last.has_value(), "reused: layer ", layer, " came before layer ",
             layer / layers_ * layers_);
@@ -66,6 +71,9 @@ class reused {
     // The newest row sees all of them; earlier rows of the same call a few keys more.
     return last->pattern | sliding_window{static_cast<token_t>(since)};
   }
+
+  /// The next step chooses anew in every layer.
+  void forget() { groups_.clear(); }
 
  private:
   struct chosen {

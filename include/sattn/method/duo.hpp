@@ -59,7 +59,8 @@ inline duo_gates read_duo_gates(std::string_view text) {
     double gate = 0.0;
     const auto [end, error] =
         std::from_chars(text.data() + at, text.data() + text.size(), gate);
-    require(error == std::errc(), "read_duo_gates: no number in line ", line);
+    require(error == std::errc() && std::isfinite(gate), "read_duo_gates: no number in line ",
+            line);
     gates.back().push_back(gate);
     at = static_cast<std::size_t>(end - text.data());
   }

@@ -24,7 +24,7 @@ namespace sattn {
 /// takes the block columns and diagonals of as many columns and distances as exceed the share in
 /// the last block of rows.
 ///
-/// Short prompts, of at most two blocks or min_budget keys, run dense.
+/// Attention over at most two blocks or min_budget keys runs dense.
 /// Source: FlexPrefill (arXiv:2502.20766) and its code. As there, a block diagonal is one block
 /// wide. Unlike there, distances are counted from the last row where the length is no multiple of
 /// the block, and the pair of blocks with which the share is reached is taken, too.
@@ -59,6 +59,7 @@ inline std::vector<float> flexprefill::by_block(std::span<const float> values, t
 /// Blocks that as many of the best units fill as exceed the share.
 inline index_t flexprefill::blocks_for(std::span<const float> values) const {
   std::vector<float> sorted(values.begin(), values.end());
+  for (float& x : sorted) x = x != x ? 0.0f : x;
   std::sort(sorted.begin(), sorted.end(), std::greater<>());
   double all = 0.0;
   for (const float x : sorted) all += double{x};
@@ -80,7 +81,7 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
   const attention_shape& shape = in.shape;
   const index_t short_length =
       std::max<index_t>(2 * block_size, round_up(min_budget, block_size));
-  if (shape.q_len <= short_length) return dense{};
+  if (shape.kv_len <= short_length || shape.q_len == 0) return dense{};
 
   const last_query_sums sums = last_query_scores(ctx, shape, in.q, in.k, block_size,
                                                  in.rules(head_reduce::none));
@@ -88,7 +89,6 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
       ctx, shape, in.q, in.k, {block_size, block_size, true, in.rules(head_reduce::none)});
   const index_t rows = pooled.rows;
   const index_t cols = pooled.cols;
-  const index_t own = shape.position(shape.q_len - 1) / block_size;  // block of the last row
   block_lists lists{block_size, block_size, {0}, {}, shape.q_heads};
   std::vector<std::uint8_t> chosen;
   std::vector<token_t> columns;
@@ -111,11 +111,15 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
 
     chosen.assign(static_cast<std::size_t>(rows * cols), 0);
     for (index_t i = 0; i < rows; ++i) {
-      const index_t diagonal = own - (rows - 1 - i);
       std::uint8_t* const row = chosen.data() + i * cols;
       for (const token_t c : columns) row[c] = 1;
-      for (const token_t d : distances) {
-        if (diagonal - d >= 0 && diagonal - d < cols) row[diagonal - d] = 1;
+      // Blocks of rows that are not aligned with those of keys stand in two of them.
+      const index_t bottom = shape.position(std::min((i + 1) * block_size, shape.q_len) - 1);
+      const index_t top = std::max<index_t>(shape.position(i * block_size), 0);
+      for (index_t own = top / block_size; own * block_size <= bottom; ++own) {
+        for (const token_t d : distances) {
+          if (own - d >= 0 && own - d < cols) row[own - d] = 1;
+        }
       }
     }
     if (query_aware) {

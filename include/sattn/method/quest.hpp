@@ -12,6 +12,12 @@
 
 namespace sattn {
 
+/// Pages that were chosen before, and of how many keys: what came later was not chosen from.
+struct preselected_pages {
+  block_lists pages;  // one list for all rows of each query head, of each kv head or of all
+  index_t keys = 0;
+};
+
 /// Decoding by pages: those whose bounds allow the largest products with the query. Each row
 /// chooses for itself; of several rows those before a page do not see it.
 ///
@@ -19,21 +25,22 @@ namespace sattn {
 /// Source: Quest (arXiv:2406.10774).
 struct quest_method {
   selection pages;
+  token_t page_size = 16;
   head_reduce reduce = head_reduce::sum;  // one product for a group; none: a list per query head
   index_t dense_layers = 0;  // the first ones run dense
-  // Pages to choose from: one list of all rows for each query head, for each kv head or for all.
-  std::optional<block_lists> within = std::nullopt;
+  // Chooses among these, among pages that came later and the last one that a row may see.
+  std::optional<preselected_pages> within = std::nullopt;
 
-  /// Throws: shape_error if summaries are missing, or know more or fewer keys than there are.
+  /// Throws: shape_error if summaries are missing, have pages of another size or know more or fewer
+  /// keys than there are, or where preselected pages do not fit.
   any_pattern choose(context& ctx, const method_inputs& in) const {
-    if (in.layer < dense_layers) return dense{};
+    if (in.layer < dense_layers || in.shape.kv_heads == 0) return dense{};
     require(std::ssize(in.summaries) == in.shape.kv_heads, "quest: ", in.summaries.size(),
             " summaries of pages for ", in.shape.kv_heads, " kv heads");
-    const token_t page_size = in.summaries.front().options().page_size;
     for (const page_summaries& s : in.summaries) {
       require(s.tokens() == in.shape.kv_len && s.options().page_size == page_size, "quest: ",
-              s.tokens(), " keys in pages of ", s.options().page_size, ", kv_len is ",
-              in.shape.kv_len, ", pages of the first head have ", page_size);
+              s.tokens(), " keys in pages of ", s.options().page_size, ", expected ",
+              in.shape.kv_len, " in pages of ", page_size);
     }
     score_tensor scores = page_scores(ctx, in.q, in.summaries, reduce);
     for (index_t row = 0; row < in.shape.q_len; ++row) {
@@ -44,53 +51,62 @@ struct quest_method {
         std::fill_n(of_row.begin(), std::min<index_t>(legal.begin / page_size, end),
                     detail::not_legal);
         std::fill(of_row.begin() + end, of_row.end(), detail::not_legal);
+        if (within) keep_within(of_row.first(static_cast<std::size_t>(end)), set, scores.sets);
       }
     }
-    if (within) keep_within(scores, page_size);
     return select_blocks(in.shape, scores, pages, 1, page_size);
   }
 
  private:
-  /// Pages outside are not legal, but for the last one, which is filling.
-  void keep_within(score_tensor& scores, token_t page_size) const {
-    const block_lists& lists = *within;
-    require(lists.k_block == page_size && lists.sets > 0 && scores.sets % lists.sets == 0 &&
-                std::ssize(lists.indptr) == lists.sets + 1,
+  /// Of the pages that a row may see, those outside are not legal.
+  void keep_within(std::span<float> of_row, index_t set, index_t sets) const {
+    const block_lists& lists = within->pages;
+    require(lists.k_block == page_size && lists.sets > 0 && sets % lists.sets == 0 &&
+                std::ssize(lists.indptr) == lists.sets + 1 && lists.indptr.front() == 0 &&
+                lists.indptr.back() == std::ssize(lists.indices) && within->keys >= 0,
             "quest: preselected ", lists.sets, " lists of pages of ", lists.k_block,
-            "; scores have ", scores.sets, " sets of pages of ", page_size);
-    std::vector<bool> inside(static_cast<std::size_t>(scores.cols));
-    for (index_t set = 0; set < scores.sets; ++set) {
-      std::fill(inside.begin(), inside.end(), false);
-      if (!inside.empty()) inside.back() = true;
-      const auto list = static_cast<std::size_t>(set * lists.sets / scores.sets);
-      for (index_t at = lists.indptr[list]; at < lists.indptr[list + 1]; ++at) {
-        const token_t page = lists.indices[static_cast<std::size_t>(at)];
-        require(page >= 0 && page < scores.cols, "quest: preselected page ", page, " of ",
-                scores.cols);
-        inside[static_cast<std::size_t>(page)] = true;
-      }
-      for (index_t row = 0; row < scores.rows; ++row) {
-        const std::span<float> of_row = scores.row(set, row);
-        for (std::size_t page = 0; page < inside.size(); ++page) {
-          if (!inside[page]) of_row[page] = detail::not_legal;
-        }
-      }
+            "; scores have ", sets, " sets of pages of ", page_size);
+    const auto list = static_cast<std::size_t>(set * lists.sets / sets);
+    const index_t begin = lists.indptr[list];
+    const index_t end = lists.indptr[list + 1];
+    require(begin <= end && end <= lists.indptr.back(), "quest: indptr of preselected pages goes ",
+            "from ", begin, " to ", end);
+    const auto first = lists.indices.begin() + begin;
+    const auto last = lists.indices.begin() + end;
+    require(std::is_sorted(first, last), "quest: preselected pages do not ascend");
+    const index_t later = within->keys / page_size;
+    auto next = first;
+    for (index_t page = 0; page + 1 < std::min<index_t>(std::ssize(of_row), later + 1); ++page) {
+      while (next != last && *next < page) ++next;
+      if (next == last || *next != page) of_row[static_cast<std::size_t>(page)] = detail::not_legal;
     }
   }
 };
 
+namespace detail {
+
+inline index_t pages_of_budget(index_t token_budget, token_t page_size) {
+  require(token_budget >= 0 && page_size > 0, "quest: ", token_budget, " tokens in pages of ",
+          page_size);
+  return token_budget / page_size;
+}
+
+}  // namespace detail
+
 /// The preset of Quest's kernels: token_budget / page_size pages, the last one among them, a list
 /// for each query head, two dense layers.
 inline quest_method quest(index_t token_budget = 512, token_t page_size = 16) {
-  return {{budget::fixed(token_budget / page_size), {.recent = 1}}, head_reduce::none, 2};
+  const index_t pages = detail::pages_of_budget(token_budget, page_size);
+  return {{budget::fixed(pages), {.recent = 1}}, page_size, head_reduce::none, 2};
 }
 
 /// The preset of The Sparse Frontier (arXiv:2504.17768): so many pages and the last one besides, by
 /// the sum over a group unless `shared` is false.
 inline quest_method sf_quest(index_t token_budget = 1024, token_t page_size = 16,
                              bool shared = true) {
-  return {{budget::fixed(token_budget / page_size),
-           {.recent = 1, .counted = protection::counting::on_top}},
+  const index_t pages = detail::pages_of_budget(token_budget, page_size);
+  return {{budget::fixed(pages), {.recent = 1, .counted = protection::counting::on_top}},
+          page_size,
           shared ? head_reduce::sum : head_reduce::none};
 }
 

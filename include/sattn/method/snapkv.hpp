@@ -134,8 +134,8 @@ inline snapkv_method sf_ada_snapkv(index_t capacity = 1024, token_t approximatio
 }
 
 /// What a layer of PyramidKV may keep, of `capacity` on average: more in the first layers, in equal
-/// steps. Prompts of up to `capacity` keys keep everything, those of less than twice as many the
-/// same in every layer.
+/// steps. Prompts of up to `capacity` keys keep everything, those of less than
+/// 2 * (capacity - window) the same in every layer.
 /// Throws: shape_error unless the layer exists and, for longer prompts, window <= capacity and
 /// beta >= 1.
 /// Source: PyramidKV (arXiv:2406.02069) and its integer steps, which overshoot the total a little.

@@ -4,6 +4,7 @@
 #include <sattn/estimate/list_scores.hpp>
 #include <sattn/estimate/row_scores.hpp>
 #include <sattn/method/method.hpp>
+#include <sattn/pattern/basic.hpp>
 
 #include <optional>
 #include <utility>
@@ -21,7 +22,14 @@ struct top_k_method {
 
   /// Throws: shape_error if a shadow has other extents than the keys.
   token_lists choose(context& ctx, const method_inputs& in) const {
-    return select_tokens(ctx, in.shape, in.q, shadow.value_or(in.k), tokens, in.rules(reduce));
+    const stored_view& keys = shadow ? *shadow : in.k;
+    if (in.shape.q_len > in.shape.group_size()) {
+      return select_tokens(ctx, in.shape, in.q, keys, tokens, in.rules(reduce));
+    }
+    // A few rows: their heads fill the lanes better than they do.
+    const attention_plan all =
+        plan_prefill(ctx, in.shape, dense{}, {.legal = in.legal, .tile_rows = 1});
+    return select_listed(ctx, all, in.q, keys, tokens, in.rules(reduce));
   }
 };
 
@@ -44,8 +52,10 @@ struct pruned {
   selection tokens;
   head_reduce reduce = head_reduce::none;
   std::optional<stored_view> shadow = std::nullopt;  // looked at instead of the keys
+  index_t dense_layers = 0;                          // the first ones run dense
 
-  token_lists choose(context& ctx, const method_inputs& in) const {
+  any_pattern choose(context& ctx, const method_inputs& in) const {
+    if (in.layer < dense_layers) return dense{};
     const auto pattern = first.choose(ctx, in);
     const attention_plan candidates =
         plan_prefill(ctx, in.shape, pattern, {.legal = in.legal, .tile_rows = 1});
@@ -54,11 +64,11 @@ struct pruned {
 };
 
 /// The preset of Twilight's code: as few of the keys that `first` chose as hold a share of their
-/// attention, by a copy of the keys in fewer bits where there is one.
+/// attention, by a copy of the keys in fewer bits where there is one; two dense layers.
 template <attention_method M>
 pruned<M> twilight(M first, double coverage = 0.85,
                    std::optional<stored_view> shadow = std::nullopt) {
-  return {std::move(first), {budget::coverage(coverage)}, head_reduce::none, shadow};
+  return {std::move(first), {budget::coverage(coverage)}, head_reduce::none, shadow, 2};
 }
 /// The same over all keys.
 inline top_k_method twilight(double coverage = 0.85,
