@@ -238,38 +238,46 @@ formulas::units covering(const numbers& scores, double share, double& gap) {
   return chosen;
 }
 
+// Groups of up to 20 heads, more than fill a block of lanes; by the keys or by a copy of them.
 TEST(twilight, covers_the_mass_of_what_was_selected_first) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
   int clear = 0;
   for (const bool selects_first : {false, true}) {
-    for (int round = 0; round < 5; ++round) {
-      const attention_problem p = decode_problem(random, 500);
-      const auto summaries = summaries_of(p, 16);
-      const attention_plan first = plan_of_method(contexts.any(), p, sf_quest(160), summaries);
-      const attention_plan plan =
-          selects_first
-              ? plan_of_method(contexts.any(), p, twilight(sf_quest(160), 0.6), summaries)
-              : plan_of_method(contexts.any(), p, twilight(0.6));
-      for (index_t h = 0; h < 4; ++h) {
-        numbers scores = formulas::probabilities(p, h, 0);
-        const auto candidates = expand(first, h);
-        for (index_t key = 0; key < 500 && selects_first; ++key) {
-          if (candidates[at(key)] == 0) scores[at(key)] = 0;
-        }
-        double gap = formulas::infinite;
-        const formulas::units want = covering(scores, 0.6, gap);
-        if (gap < 1e-5) continue;
-        ++clear;
-        const auto mask = expand(plan, h);
-        for (index_t key = 0; key < 500; ++key) {
-          EXPECT_EQ(mask[at(key)] != 0, want.contains(key)) << h << " " << key;
+    for (const index_t group : {2, 3, 20}) {
+      for (const bool shadow : {false, true}) {
+        const attention_problem p = decode_problem(random, 500, 1, 2 * group, 2);
+        attention_problem looked_at = p;
+        const encoded_rows rows(looked_at.k, shadow ? dtype::i8 : dtype::f32);
+        const stored_tensor copy(rows, storage_layout::strided, random);
+        const std::optional<stored_view> keys =
+            shadow ? std::optional(copy.view) : std::nullopt;
+        const auto summaries = summaries_of(p, 16);
+        const attention_plan first = plan_of_method(contexts.any(), p, sf_quest(160), summaries);
+        const attention_plan plan =
+            selects_first
+                ? plan_of_method(contexts.any(), p, twilight(sf_quest(160), 0.6, keys), summaries)
+                : plan_of_method(contexts.any(), p, twilight(0.6, keys));
+        for (index_t h = 0; h < 2 * group; ++h) {
+          numbers scores = formulas::probabilities(looked_at, h, 0);
+          const auto candidates = expand(first, h);
+          for (index_t key = 0; key < 500 && selects_first; ++key) {
+            if (candidates[at(key)] == 0) scores[at(key)] = 0;
+          }
+          double gap = formulas::infinite;
+          const formulas::units want = covering(scores, 0.6, gap);
+          if (gap < 1e-5) continue;
+          ++clear;
+          const auto mask = expand(plan, h);
+          for (index_t key = 0; key < 500; ++key) {
+            ASSERT_EQ(mask[at(key)] != 0, want.contains(key)) << h << " " << key;
+          }
         }
       }
     }
   }
-  EXPECT_GT(clear, 20);
+  EXPECT_GT(clear, 100);
 }
 
 // One list for a group, by the mean of its heads' probabilities; of up to 40 heads.
