@@ -318,7 +318,7 @@ void add_cases(bool /*long_ones*/) {
   };
   for (const prefill_method& m : prefill_methods()) add_prefill(m, 512, "0.5", true);
   for (const decode_method& m : decode_methods()) add_decode(m, 4096, true);
-  for (const index_t len : {4096, 8192, 16384, 32768}) {
+  for (const index_t len : {512, 1024, 2048, 4096, 8192, 16384, 32768}) {
     for (const prefill_method& m : prefill_methods()) {
       for (const char* density : {"0.20", "0.10", "0.05"}) add_prefill(m, len, density, false);
     }

@@ -27,6 +27,7 @@ LAYERS = {
     "estimate": ["core", "kv", "plan", "budget", "pattern", "exec", *KERNEL_INTERFACE],
     "attention": ["core", "parallel", "kv", "plan", "pattern", "exec", *KERNEL_INTERFACE],
     "method": ["core", "kv", "plan", "budget", "pattern", "exec", "estimate", "attention"],
+    "interop": ["core", "method"],
 }
 
 # Headers outside the layers: umbrellas include anything, the version nothing.
@@ -36,6 +37,7 @@ TOP_LEVEL = [*UMBRELLAS, "version.hpp"]
 # Headers that belong to one layer.
 RESERVED = [
     ("simd", r"xsimd/.*|[a-z0-9]*intrin\.h|arm_(neon|sve|sme)\.h|cpuid\.h"),
+    ("interop", r"nlohmann/.*"),
     ("parallel", r"thread|mutex|shared_mutex|condition_variable|atomic|future|semaphore|latch"
                  r"|barrier|stop_token"),
 ]

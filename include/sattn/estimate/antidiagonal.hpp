@@ -90,7 +90,7 @@ class antidiagonal_tiles {
     }
     const row_source source = k_.rows(q_head / problem_.shape.group_size());
     for (index_t key = all.begin / chunk_keys * chunk_keys; key < all.end; key += chunk_keys) {
-      const index_t count = std::min(chunk_keys, problem_.shape.kv_len - key);
+      const index_t count = std::min<index_t>(chunk_keys, all.end - key);
       for (index_t t = 0; t < stride_; ++t) {
         // The last group of keys may be short: nothing is added where there is none.
         const index_t last = (key + count - 1) * stride_ + t;
@@ -102,8 +102,9 @@ class antidiagonal_tiles {
           if (key >= keys.end || key + count <= keys.begin) continue;
           float* const sums = scores_[static_cast<std::size_t>(tile)] + key * tile_lanes;
           float* const to = t == 0 ? sums : part_;
-          keys_.score(kernels_, block(tile, t), factors_, nullptr, to);
-          for (index_t i = 0; i < loaded * tile_lanes && t > 0; ++i) sums[i] += part_[i];
+          const index_t seen = std::min<index_t>(loaded, keys.end - key);
+          keys_.score(kernels_, block(tile, t), factors_, nullptr, to, seen);
+          for (index_t i = 0; i < seen * tile_lanes && t > 0; ++i) sums[i] += part_[i];
         }
       }
     }

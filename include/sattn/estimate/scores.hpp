@@ -176,13 +176,18 @@ class key_rows {
   const float* row(index_t i) const {
     return static_cast<const float*>(rows_[static_cast<std::size_t>(i)]);
   }
-  /// Scores of all rows for a block of queries, [count][16]; `masks` as in tile_args.
+  /// Scores of all rows, or of the first `count`, for a block of queries, [count][16]; `masks` as
+  /// in tile_args.
   void score(const kernel_table& kernels, const query_block& queries, const logit_factors& factors,
              const std::uint16_t* masks, float* scores) const {
+    score(kernels, queries, factors, masks, scores, count_);
+  }
+  void score(const kernel_table& kernels, const query_block& queries, const logit_factors& factors,
+             const std::uint16_t* masks, float* scores, index_t count) const {
     kernels.score_tile({.k_rows = rows_.data(),
                         .v_rows = nullptr,
                         .v_panel = 0,
-                        .count = count_,
+                        .count = count,
                         .masks = masks,
                         .head_dim = queries.head_dim(),
                         .v_dim = 0,

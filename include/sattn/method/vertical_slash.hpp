@@ -43,7 +43,7 @@ struct minference_head {
   token_t second = 6096;  // distances, or last keys
 };
 
-/// A setting for each query head of a layer, as MInference's configurations list them.
+/// A setting for each query head of a layer; interop/minference_json.hpp reads MInference's files.
 struct minference_heads {
   std::vector<minference_head> heads;
 
