@@ -24,6 +24,7 @@
 #include <sattn/method/eviction.hpp>
 #include <sattn/method/flexprefill.hpp>
 #include <sattn/method/quest.hpp>
+#include <sattn/method/recall.hpp>
 #include <sattn/method/snapkv.hpp>
 #include <sattn/method/top_k.hpp>
 #include <sattn/method/vertical_slash.hpp>

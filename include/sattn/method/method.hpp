@@ -8,11 +8,13 @@
 #include <sattn/kv/stored_view.hpp>
 #include <sattn/pattern/compose.hpp>
 
+#include <algorithm>
 #include <chrono>
 #include <limits>
 #include <optional>
 #include <span>
 #include <utility>
+#include <vector>
 
 namespace sattn {
 
@@ -57,11 +59,30 @@ struct method_decode_options {
   std::span<const page_summaries> summaries = {};
 };
 
+/// What a method did.
+struct method_report {
+  plan_stats pairs;                  // density_selected(), density_executed()
+  std::vector<double> keys_of_head;  // [q_heads]: keys of a row, on average
+  double estimate_ms;                // to look and choose
+  double plan_ms;                    // to write the plan
+};
+
 /// A plan that a method made.
 struct method_plan {
   attention_plan plan;
-  double estimate_ms = 0.0;  // to look and choose
-  double plan_ms = 0.0;      // to write the plan
+  double estimate_ms = 0.0;
+  double plan_ms = 0.0;
+
+  /// Cost: a walk over the plan for each query head.
+  method_report report() const {
+    method_report result{plan.stats(), {}, estimate_ms, plan_ms};
+    const attention_shape& shape = plan.shape();
+    for (index_t h = 0; h < shape.q_heads; ++h) {
+      const auto rows = static_cast<double>(std::max<index_t>(shape.q_len, 1));
+      result.keys_of_head.push_back(static_cast<double>(plan.stats(h).selected) / rows);
+    }
+    return result;
+  }
 };
 
 namespace detail {

@@ -164,6 +164,9 @@ class attention_plan {
   /// Pairs legal, selected and executed. Cost: one walk over every tile's keys, a small share of a
   /// run; nothing is cached.
   plan_stats stats() const;
+  /// The same of one query head: its share of what the heads that share its list execute together.
+  /// Throws: shape_error unless the head exists.
+  plan_stats stats(index_t q_head) const;
 
   /// Throws shape_error when the data breaks a rule; holds for every plan that the library makes.
   void validate() const;
@@ -175,6 +178,9 @@ class attention_plan {
   // Planning fills a plan in place, so that a decode loop reaches a steady state without
   // allocation.
   friend struct plan_access;
+  std::int64_t legal_pairs() const;  // of one head
+  void add_pairs(index_t list, index_t heads_of_list, plan_stats& stats) const;
+
   plan_data data_;
 };
 

@@ -126,60 +126,83 @@ inline attention_plan::attention_plan(plan_data data) : data_(std::move(data)) {
   for (plan_head& h : data_.heads) h.derive();
 }
 
+inline std::int64_t attention_plan::legal_pairs() const {
+  const attention_shape& shape = data_.shape;
+  std::int64_t pairs = 0;
+  for (index_t row = 0; row < shape.q_len; ++row) {
+    pairs += data_.legal.legal(shape.position(row), shape.kv_len).size();
+  }
+  return pairs;
+}
+
 inline plan_stats attention_plan::stats() const {
   plan_stats stats;
-  const attention_shape& shape = data_.shape;
-  for (index_t row = 0; row < shape.q_len; ++row) {
-    stats.legal += data_.legal.legal(shape.position(row), shape.kv_len).size();
-  }
-  stats.legal *= shape.q_heads;
-  if (heads() == 0 || shape.q_heads == 0) return stats;
+  stats.legal = legal_pairs() * data_.shape.q_heads;
+  if (heads() == 0 || data_.shape.q_heads == 0) return stats;
+  const index_t heads_of_list =
+      data_.map == head_map::shared ? data_.shape.q_heads : sharing_heads();
+  for (index_t i = 0; i < heads(); ++i) add_pairs(i, heads_of_list, stats);
+  return stats;
+}
 
+inline plan_stats attention_plan::stats(index_t q_head) const {
+  require(q_head >= 0 && q_head < data_.shape.q_heads, "attention_plan: q head ", q_head, " of ",
+          data_.shape.q_heads);
+  plan_stats stats;
+  stats.legal = legal_pairs();
+  if (heads() == 0) return stats;
+  add_pairs(head_of(q_head), sharing_heads(), stats);
+  stats.selected /= sharing_heads();
+  stats.executed /= sharing_heads();
+  return stats;
+}
+
+/// Adds what a list selects and executes for so many query heads, a multiple of those that share it
+/// within a kv head.
+inline void attention_plan::add_pairs(index_t list, index_t heads_of_list,
+                                      plan_stats& stats) const {
   const lane_layout lanes = layout();
   const index_t sharing = sharing_heads();
   const auto chunk = std::make_unique<key_chunk>();
-  for (index_t i = 0; i < heads(); ++i) {
-    std::int64_t selected = 0;
-    std::int64_t executed_keys = 0;
-    std::int64_t executed_rows = 0;
-    std::int64_t shared_keys = 0;  // of plans with row keys
-    std::int64_t single_rows = 0;
-    for (index_t tile = 0; tile < tiles(); ++tile) {
-      tile_cursor cursor(*this, i, tile, sub_tile_rows, {0, static_cast<token_t>(shape.kv_len)});
-      row_sharing shares(sharing);
-      while (cursor.next(*chunk)) {
-        for (index_t s = 0; s < cursor.sub_tiles(); ++s) {
-          const key_chunk::sub_tile& sub = chunk->sub[static_cast<std::size_t>(s)];
-          executed_keys += sub.end - sub.begin;
-          executed_rows += (sub.end - sub.begin) * cursor.sub_rows(s);
-          for (index_t k = sub.begin; k < sub.end; ++k) {
-            const index_t rows =
-                sub.masked ? std::popcount(chunk->masks[static_cast<std::size_t>(s)]
-                                                       [static_cast<std::size_t>(k)])
-                           : cursor.sub_rows(s);
-            selected += rows;
-            shares.add(rows);
-          }
+  const key_range all{0, static_cast<token_t>(data_.shape.kv_len)};
+  std::int64_t selected = 0;
+  std::int64_t executed_keys = 0;
+  std::int64_t executed_rows = 0;
+  std::int64_t shared_keys = 0;  // of plans with row keys
+  std::int64_t single_rows = 0;
+  for (index_t tile = 0; tile < tiles(); ++tile) {
+    tile_cursor cursor(*this, list, tile, sub_tile_rows, all);
+    row_sharing shares(sharing);
+    while (cursor.next(*chunk)) {
+      for (index_t s = 0; s < cursor.sub_tiles(); ++s) {
+        const key_chunk::sub_tile& sub = chunk->sub[static_cast<std::size_t>(s)];
+        executed_keys += sub.end - sub.begin;
+        executed_rows += (sub.end - sub.begin) * cursor.sub_rows(s);
+        for (index_t k = sub.begin; k < sub.end; ++k) {
+          const index_t rows =
+              sub.masked ? std::popcount(chunk->masks[static_cast<std::size_t>(s)]
+                                                     [static_cast<std::size_t>(k)])
+                         : cursor.sub_rows(s);
+          selected += rows;
+          shares.add(rows);
         }
       }
-      shared_keys += shares.tile_keys();
-      single_rows += shares.row_pairs();
     }
-    // All 16 lanes of a block are computed, whether a row and a head stand in them or not.
-    const index_t heads_of_list = data_.map == head_map::shared ? shape.q_heads : sharing;
-    const index_t blocks = heads_of_list / sharing * ceil_div(sharing, lanes.heads);
-    stats.selected += selected * heads_of_list;
-    const index_t lane_rows = blocks * lane_layout::lanes;
-    if (has_splits() && has_row_keys()) {
-      stats.executed += selected * heads_of_list;
-    } else if (has_row_keys() && lanes.single_rows) {
-      stats.executed += (shared_keys * lane_layout::lanes + single_rows) * heads_of_list;
-    } else {
-      stats.executed += lanes.single_rows ? executed_rows * heads_of_list
-                                          : executed_keys * lane_rows;
-    }
+    shared_keys += shares.tile_keys();
+    single_rows += shares.row_pairs();
   }
-  return stats;
+  stats.selected += selected * heads_of_list;
+  // All 16 lanes of a block are computed, whether a row and a head stand in them or not.
+  const index_t blocks = heads_of_list / sharing * ceil_div(sharing, lanes.heads);
+  const index_t lane_rows = blocks * lane_layout::lanes;
+  if (has_splits() && has_row_keys()) {
+    stats.executed += selected * heads_of_list;
+  } else if (has_row_keys() && lanes.single_rows) {
+    stats.executed += (shared_keys * lane_layout::lanes + single_rows) * heads_of_list;
+  } else {
+    stats.executed +=
+        lanes.single_rows ? executed_rows * heads_of_list : executed_keys * lane_rows;
+  }
 }
 
 }  // namespace sattn
