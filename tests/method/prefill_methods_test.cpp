@@ -109,14 +109,14 @@ TEST(sf_flexprefill, chooses_by_the_formula) {
     const double alpha = random.pick({0.3, 0.65, 0.9});
     const index_t least = random.pick<index_t>({1, 70});
     auto [columns, distances] = formulas::last_rows(p, 0, 80);
-    const auto [vertical, vertical_gap] = formulas::cover(columns, alpha);
-    const auto [slash, slash_gap] = formulas::cover(distances, alpha);
-    if (std::min(vertical_gap, slash_gap) < 1e-3) continue;
+    const std::pair<index_t, double> vertical = formulas::cover(columns, alpha);
+    const std::pair<index_t, double> slash = formulas::cover(distances, alpha);
+    if (std::min(vertical.second, slash.second) < 1e-3) continue;
     expect_slashes(p, plan_of_method(contexts.any(), p, sf_flexprefill(alpha, 80, token_t(least))),
                    clear, [&](index_t h) {
                      // All protected ones are kept, also where the size is smaller.
-                     return slash_formula(p, h, 80, std::max<index_t>({vertical, least, 4}),
-                                          std::max<index_t>({slash, least, 64}), 4, 64);
+                     return slash_formula(p, h, 80, std::max<index_t>({vertical.first, least, 4}),
+                                          std::max<index_t>({slash.first, least, 64}), 4, 64);
                    });
   }
   EXPECT_GT(clear, 5);

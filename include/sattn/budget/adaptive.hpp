@@ -49,8 +49,8 @@ inline std::vector<index_t> even_out(const std::vector<index_t>& counts,
   for (const index_t c : counts) total += c;
   std::vector<std::size_t> order(counts.size());
   for (std::size_t h = 0; h < order.size(); ++h) order[h] = h;
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::size_t a, std::size_t b) { return limits[a] < limits[b]; });
+  std::sort(order.begin(), order.end(),
+            [&](std::size_t a, std::size_t b) { return limits[a] < limits[b]; });
   std::vector<double> level(counts.size());
   auto left = static_cast<double>(total);
   for (std::size_t i = 0; i < order.size(); ++i) {
@@ -107,17 +107,11 @@ inline void choose_over_heads(std::span<const float> scores, index_t heads,
   }
   std::vector<token_t> more;
   choose.choose(rest, {budget::fixed(std::max<index_t>(left, 0))}, {}, more);
-  std::vector<std::size_t> before;
-  for (const std::vector<token_t>& list : chosen) before.push_back(list.size());
   for (const token_t i : more) {
     chosen[static_cast<std::size_t>(i) / units].push_back(
         static_cast<token_t>(static_cast<std::size_t>(i) % units));
   }
-  for (std::size_t h = 0; h < chosen.size(); ++h) {
-    std::inplace_merge(chosen[h].begin(),
-                       chosen[h].begin() + static_cast<std::ptrdiff_t>(before[h]),
-                       chosen[h].end());
-  }
+  for (std::vector<token_t>& list : chosen) std::sort(list.begin(), list.end());
   if (rule.uniform_share == 0.0) return;
   std::vector<index_t> counts;
   std::vector<index_t> legal;

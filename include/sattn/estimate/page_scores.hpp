@@ -28,9 +28,9 @@ enum class row_reduce { none, sum };
 /// Throws: shape_error if shapes do not fit, summaries are of both kinds or a borrowed workspace is
 /// too small; nothing is written then.
 /// Cost: bandwidth of the summaries; parallel over sets, rows and tiles of pages.
-/// Accuracy: f32. For one query the bound holds to the last bit where q . k is summed with fused
-/// products in the order of d; for sums it holds up to their roundings. A mean score has the
-/// roundings of the mean and of its product.
+/// Accuracy: f32. For one query a bound of f32 or f16 summaries holds to the last bit where q . k is
+/// summed with fused products in the order of d; of int8 ones, whose scale comes last, and for sums
+/// it holds up to their roundings. A mean score has the roundings of the mean and of its product.
 ///
 /// Source: Quest (arXiv:2406.10774) for bounds, MoBA (arXiv:2502.13189) for means; the sum over
 /// heads is that of The Sparse Frontier (arXiv:2504.17768).
@@ -68,10 +68,12 @@ inline void page_scores_into(context& ctx, score_tensor& scores,
       ctx.workspace(static_cast<std::size_t>(worker_floats * ctx.executor().concurrency()) *
                     sizeof(float))
           .data());
-  scores.sets = q.heads / set_heads;
-  scores.rows = list_rows == 0 ? 0 : q.tokens / list_rows;
+  const index_t sets = q.heads / set_heads;
+  const index_t score_rows = list_rows == 0 ? 0 : q.tokens / list_rows;
+  scores.values.resize(static_cast<std::size_t>(sets * score_rows * pages));
+  scores.sets = sets;
+  scores.rows = score_rows;
   scores.cols = pages;
-  scores.values.resize(static_cast<std::size_t>(scores.sets * scores.rows * scores.cols));
 
   constexpr float unknown = std::numeric_limits<float>::infinity();
   ctx.executor().parallel_for(scores.sets * scores.rows * tasks, [&](index_t task, index_t worker) {

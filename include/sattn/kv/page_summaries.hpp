@@ -194,8 +194,9 @@ class page_summaries {
         for (index_t d = 0; d < dim; ++d) sum[d] = first ? x[d] : sum[d] + x[d];
       } else {
         for (index_t d = 0; d < dim; ++d) {
-          low[d] = first ? x[d] : std::min(low[d], x[d]);
-          high[d] = first ? x[d] : std::max(high[d], x[d]);
+          // A NaN stays one.
+          if (first || x[d] < low[d] || x[d] != x[d]) low[d] = x[d];
+          if (first || x[d] > high[d] || x[d] != x[d]) high[d] = x[d];
         }
       }
       const bool last = tokens_ + 1 == end || count == options_.page_size;
@@ -230,7 +231,17 @@ class page_summaries {
       return each(reinterpret_cast<f16*>(tile), detail::f16_below, detail::f16_above, to_f16);
     }
     float top = 0.0f;
-    for (const float x : values) top = std::max(top, std::abs(x));
+    bool finite = true;
+    for (const float x : values) {
+      top = std::max(top, std::abs(x));
+      finite = finite && std::isfinite(x);
+    }
+    if (!finite) {  // no number of steps says that: what is multiplied by the scale will
+      const auto zero = [](float) { return std::int8_t{0}; };
+      each(reinterpret_cast<std::int8_t*>(tile), zero, zero, zero);
+      scales(tile)[lane] = std::numeric_limits<float>::infinity();
+      return;
+    }
     // Outwards a value may move one step further.
     const float scale = std::max(top / (mean ? 127.0f : 126.0f), std::numeric_limits<float>::min());
     const auto nearest = [&](float x) {

@@ -89,8 +89,10 @@ inline duo duo_layer(const duo_gates& gates, index_t layer, double sparsity, tok
   const index_t heads = std::ssize(gates[static_cast<std::size_t>(layer)]);
   std::vector<index_t> order(all.size());
   std::iota(order.begin(), order.end(), index_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](index_t a, index_t b) {
-    return all[static_cast<std::size_t>(a)] > all[static_cast<std::size_t>(b)];
+  std::sort(order.begin(), order.end(), [&](index_t a, index_t b) {
+    const double gate_a = all[static_cast<std::size_t>(a)];
+    const double gate_b = all[static_cast<std::size_t>(b)];
+    return gate_a != gate_b ? gate_a > gate_b : a < b;
   });
   // The quantile lies at place sparsity * (n - 1) of the ascending gates; at 1 all heads stream.
   const auto streaming = static_cast<index_t>(
