@@ -109,7 +109,7 @@ void choose_and_write(context& ctx, const method_inputs& in, const M& method, me
 ///
 /// Shapes: q [q_len, q_heads, head_dim], kv [kv_len, kv_heads, dim].
 /// Throws: shape_error as the method and plan_prefill do.
-/// See: docs/methods.md.
+/// See: docs/methods.md; examples/08_methods.cpp.
 template <attention_method M>
 method_plan plan_prefill(context& ctx, const tensor_view<const float>& q, const kv_view& kv,
                          const M& method, const method_options& options = {}) {
