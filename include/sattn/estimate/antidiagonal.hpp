@@ -77,7 +77,6 @@ class antidiagonal_tiles {
       rows_[static_cast<std::size_t>(tile)] = std::min(tile_lanes, end - first);
       const key_range keys = visible_keys(problem_.shape, problem_.legal, first,
                                           rows_[static_cast<std::size_t>(tile)]);
-      // Whole chunks, so that all tiles take the same ones.
       visible_[static_cast<std::size_t>(tile)] = keys;
       all.begin = tile == 0 ? keys.begin : std::min(all.begin, keys.begin);
       all.end = std::max(all.end, keys.end);

@@ -182,12 +182,7 @@ class page_summaries {
     float* const sum = tail_.data();
     const float* const x = row_.data();
     for (; tokens_ < end; ++tokens_) {
-      const auto key = static_cast<token_t>(tokens_);
-      const void* row = nullptr;
-      float scale = 1.0f;
-      rows.locate(&key, 1, &row);
-      if (has_row_scale(rows.type)) rows.read_scales(&key, 1, &scale);
-      load_row(rows.type, row, scale, dim, row_.data());
+      load_row(rows, static_cast<token_t>(tokens_), dim, row_.data());
       const index_t count = tokens_ % options_.page_size + 1;  // keys of the page so far
       const bool first = count == 1;
       if (options_.kind == summary_kind::mean) {

@@ -3,6 +3,7 @@
 
 #include <sattn/core/dtype.hpp>
 #include <sattn/core/types.hpp>
+#include <sattn/kv/row_source.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -85,6 +86,15 @@ inline void load_row(dtype type, const void* row, float scale, index_t dim, floa
       }
       return;
   }
+}
+
+/// The row of one key as f32, wherever it lies.
+inline void load_row(const row_source& rows, token_t key, index_t dim, float* out) {
+  const void* row = nullptr;
+  float scale = 1.0f;
+  rows.locate(&key, 1, &row);
+  if (has_row_scale(rows.type)) rows.read_scales(&key, 1, &scale);
+  load_row(rows.type, row, scale, dim, out);
 }
 
 }  // namespace sattn

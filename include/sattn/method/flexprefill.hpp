@@ -7,8 +7,7 @@
 #include <sattn/method/method.hpp>
 
 #include <algorithm>
-#include <cmath>
-#include <functional>
+#include <cstdint>
 #include <limits>
 #include <span>
 #include <utility>
@@ -39,11 +38,6 @@ struct flexprefill {
   any_pattern choose(context& ctx, const method_inputs& in) const;
 
  private:
-  struct head_scores {
-    std::span<const float> columns;    // [kv_len]
-    std::span<const float> distances;  // [kv_len]
-    std::span<const float> last_row;   // [blocks]: the estimate for the last row of blocks
-  };
   static std::vector<float> by_block(std::span<const float> values, token_t block);
   index_t blocks_for(std::span<const float> values) const;
 };
@@ -58,19 +52,11 @@ inline std::vector<float> flexprefill::by_block(std::span<const float> values, t
 
 /// Blocks that as many of the best units fill as exceed the share.
 inline index_t flexprefill::blocks_for(std::span<const float> values) const {
-  std::vector<float> sorted(values.begin(), values.end());
-  for (float& x : sorted) x = x != x ? 0.0f : x;
-  std::sort(sorted.begin(), sorted.end(), std::greater<>());
-  double all = 0.0;
-  for (const float x : sorted) all += double{x};
-  double mass = 0.0;
-  index_t count = 0;
-  while (count < std::ssize(sorted) && mass <= coverage * all) {
-    mass += double{sorted[static_cast<std::size_t>(count++)]};
-  }
+  std::vector<token_t> covering;
+  selector().choose(values, {budget::coverage_above(coverage)}, {}, covering);
   const index_t least = ceil_div(min_budget, block_size);
   const index_t most = std::max(least, ceil_div(index_t{max_budget}, block_size));
-  return std::clamp(count / block_size + 1, least, most);
+  return std::clamp(std::ssize(covering) / block_size + 1, least, most);
 }
 
 inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) const {

@@ -53,12 +53,7 @@ inline recall_report measure_recall(context& ctx, const attention_plan& plan,
   for (index_t h = 0; h < kv.v.heads; ++h) {
     const row_source values = kv.v.rows(h);
     for (index_t t = 0; t < kv.v.tokens; ++t) {
-      const auto key = static_cast<token_t>(t);
-      const void* address = nullptr;
-      float scale = 1.0f;
-      values.locate(&key, 1, &address);
-      if (has_row_scale(values.type)) values.read_scales(&key, 1, &scale);
-      load_row(values.type, address, scale, kv.v.dim, row.data());
+      load_row(values, static_cast<token_t>(t), kv.v.dim, row.data());
       for (const float x : row) {
         largest[static_cast<std::size_t>(h)] =
             std::max(largest[static_cast<std::size_t>(h)], std::abs(double{x}));
