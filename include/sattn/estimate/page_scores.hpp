@@ -28,10 +28,9 @@ enum class row_reduce { none, sum };
 /// Throws: shape_error if shapes do not fit, summaries are of both kinds or a borrowed workspace is
 /// too small; nothing is written then.
 /// Cost: bandwidth of the summaries; parallel over sets, rows and tiles of pages.
-/// Accuracy: f32. For one query a bound of f32 or f16 summaries holds to the last bit where q . k
-/// is summed with fused products in the order of d; of int8 ones, whose scale comes last, and for
-/// sums it holds up to their roundings. A mean score has the roundings of the mean and of its
-/// product.
+/// Accuracy: f32. For one query a bound holds to the last bit where q . k is summed with fused
+/// products in the order of d and nothing underflows; for sums of queries it holds up to their
+/// roundings. A mean score has the roundings of the mean and of its product.
 ///
 /// Source: Quest (arXiv:2406.10774) for bounds, MoBA (arXiv:2502.13189) for means; the sum over
 /// heads is that of The Sparse Frontier (arXiv:2504.17768).

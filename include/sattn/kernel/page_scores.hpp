@@ -12,7 +12,7 @@ namespace sattn::kernel {
 /// Of means, scores[page] = sum over d of q[d] mean[d]. Of bounds, the sum of max(q[d] min[d],
 /// q[d] max[d]), where q comes as its negative and its positive part: for one query one of the two
 /// products is 0 in each step, so that the sum has the roundings of q . k in the same order and a
-/// bound of f32 or f16 stays one to the last bit. The scale of int8 comes last and rounds, too.
+/// bound stays one to the last bit. The scale of int8, a power of two for bounds, comes last.
 template <class Arch, class T, int Rows>
 SATTN_NOINLINE void score_tile_of_pages(const page_scores_args& args) noexcept {
   using V = simd::vec<Arch>;

@@ -57,7 +57,7 @@ struct page_summary_options {
 /// Bounds in f16 and int8 are rounded outwards, so that a bound stays one. A mean is the sum of the
 /// keys in the order of their positions, in f32, divided by their number, then rounded to the
 /// nearest of the type; before that it is off by at most page_size * 2^-24 of the mean magnitude.
-/// int8 has one f32 scale a page.
+/// int8 has one f32 scale a page, of bounds a power of two.
 ///
 /// Follows a cache: update() takes in what was appended, truncate() forgets, a copy is a fork and
 /// shares what is full. The summary of some keys is the same bits however they came. Every member
@@ -237,17 +237,20 @@ class page_summaries {
       scales(tile)[lane] = std::numeric_limits<float>::infinity();
       return;
     }
-    // Outwards a value may move one step further.
-    const float scale = std::max(top / (mean ? 127.0f : 126.0f), std::numeric_limits<float>::min());
+    // Of bounds a power of two: products of the steps then round as products of the values would,
+    // and a bound stays one to the last bit.
+    constexpr float least = std::numeric_limits<float>::min();
+    float scale = std::max(top / 127.0f, least);
+    if (!mean) {
+      scale = std::max(std::ldexp(1.0f, std::ilogb(std::max(top, least)) - 6), least);
+      if (std::ceil(top / scale) > 127.0f) scale *= 2.0f;
+    }
+    const auto step = [](float x) { return static_cast<std::int8_t>(x); };
     const auto nearest = [&](float x) {
-      return static_cast<std::int8_t>(std::clamp(std::lrint(x / scale), -127L, 127L));
+      return step(std::clamp(std::nearbyint(x / scale), -127.0f, 127.0f));
     };
-    const auto above = [&](float x) {
-      float q = std::ceil(x / scale);
-      if (double{scale} * double{q} < double{x}) q += 1.0f;  // the quotient was rounded
-      return static_cast<std::int8_t>(q >= -127.0f && q <= 127.0f ? q : 127.0f);
-    };
-    const auto below = [&](float x) { return static_cast<std::int8_t>(-above(-x)); };
+    const auto below = [&](float x) { return step(std::floor(x / scale)); };
+    const auto above = [&](float x) { return step(std::ceil(x / scale)); };
     each(reinterpret_cast<std::int8_t*>(tile), below, above, nearest);
     scales(tile)[lane] = scale;
   }
