@@ -391,6 +391,59 @@ TEST(errors, outputs_between_the_rows_of_inputs_are_accepted) {
   }
 }
 
+// Against every float's list of who has it, wherever the views of a batch lie.
+TEST(errors, overlaps_of_a_batch_are_refused_and_nothing_else_is) {
+  const seed_trace trace;
+  random_source random;
+  context ctx(1);
+  const attention_plan plan = plan_prefill(ctx, {1, 2, 1, 1, 1}, dense{});
+  int refused = 0;
+  constexpr int rounds = 4000;
+  for (int round = 0; round < rounds; ++round) {
+    const index_t n = random.integer(1, 7);
+    std::vector<float> memory(at(random.pick<index_t>({10, 40, 200}) * n), 1.0f);
+    std::vector<int> inputs(memory.size(), 0);
+    std::vector<int> outputs(memory.size(), 0);
+    // Some batches lie in order, kind by kind or sequence by sequence, but for one view.
+    const index_t order = random.integer(0, 3);
+    const index_t stray = random.integer(0, 12 * n);
+    index_t placed = 0;
+    std::vector<attention_sequence> sequences;
+    for (index_t i = 0; i < n; ++i) {
+      const auto place = [&](index_t kind, index_t floats, std::vector<int>& users) {
+        index_t first = random.integer(0, std::ssize(memory) - floats + 1);
+        const bool strays = placed++ == stray;
+        if (!strays && order == 1) first = kind * n + i * floats;
+        if (!strays && order == 2) first = i * 9 + kind;
+        first = std::min<index_t>(first, std::ssize(memory) - floats);
+        for (index_t f = first; f < first + floats; ++f) ++users[at(f)];
+        return memory.data() + first;
+      };
+      const tensor_view<float> out{place(0, 1, outputs), 1, 1, 1, 1, 1};
+      const tensor_view<float> lse{place(1, 1, outputs), 1, 1, 1, 1, 1};
+      const tensor_view<float> mass{place(2, 2, outputs), 2, 1, 1, 1, 1};
+      const tensor_view<const float> q{place(4, 1, inputs), 1, 1, 1, 1, 1};
+      const tensor_view<const float> k{place(5, 2, inputs), 2, 1, 1, 1, 1};
+      const tensor_view<const float> v{place(7, 2, inputs), 2, 1, 1, 1, 1};
+      sequences.push_back({&plan, q, kv(k, v), {out, lse, mass}});
+    }
+    bool overlap = false;
+    for (std::size_t f = 0; f < memory.size(); ++f) {
+      overlap = overlap || outputs[f] > 1 || (outputs[f] == 1 && inputs[f] > 0);
+    }
+    refused += overlap;
+    const std::vector<float> before = memory;
+    if (overlap) {
+      EXPECT_THROW(attend(ctx, sequences), shape_error) << round;
+      EXPECT_TRUE(bit_equal(memory, before)) << round;
+    } else {
+      EXPECT_NO_THROW(attend(ctx, sequences)) << round;
+    }
+  }
+  EXPECT_GT(refused, rounds / 10);
+  EXPECT_LT(refused, rounds * 9 / 10);
+}
+
 struct idle_executor {
   index_t workers = 0;
   index_t concurrency() const { return workers; }

@@ -5,7 +5,10 @@
 #include <sattn/kv/stored_view.hpp>
 #include <sattn/plan/attention_plan.hpp>
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <span>
@@ -105,28 +108,61 @@ inline void check_sequence(const attention_sequence& s, const attention_options&
           "attend: ", options.sink_logits.size(), " sink logits for ", s.q.heads, " q heads");
 }
 
-/// Outputs may share memory with nothing, inputs with each other.
+/// All bytes from the first to the last that the outputs of one kind take, as one row, and whether
+/// those of each sequence lie behind those of the sequence before.
+struct output_span {
+  const char* name;
+  tensor_view<float> attention_output::*member;
+  tensor_view<const std::byte> row = {};
+  bool ascending = true;
+
+  output_span(const char* kind, tensor_view<float> attention_output::*view,
+              std::span<const attention_sequence> sequences)
+      : name(kind), member(view) {
+    std::uintptr_t first = std::numeric_limits<std::uintptr_t>::max();
+    std::uintptr_t last = 0;
+    for (const attention_sequence& s : sequences) {
+      const tensor_view<float>& out = of(s);
+      if (out.empty()) continue;
+      index_t elements = 0;
+      view_extent(out, elements);
+      const auto begin = reinterpret_cast<std::uintptr_t>(out.data);
+      ascending = ascending && begin >= last;
+      first = std::min(first, begin);
+      last = std::max(last, begin + static_cast<std::uintptr_t>(elements) * sizeof(float));
+    }
+    if (first >= last) return;
+    const auto bytes = static_cast<index_t>(last - first);
+    row = {reinterpret_cast<const std::byte*>(first), 1, 1, bytes, bytes, bytes};
+  }
+  const tensor_view<float>& of(const attention_sequence& s) const { return s.output.*member; }
+};
+
+/// Outputs may share memory with nothing, inputs with each other. Of a batch single pairs are
+/// compared only where all outputs together do not show it.
 inline void check_aliasing(std::span<const attention_sequence> sequences) {
-  const auto check = [](const char* name, const tensor_view<float>& out, const char* other_name,
-                        const auto& other) {
-    require(!may_overlap(out, other), "attend: ", name, " overlaps ", other_name);
-  };
-  for (std::size_t i = 0; i < sequences.size(); ++i) {
-    const attention_output& o = sequences[i].output;
-    check("out", o.out, "lse", o.lse);
-    check("mass", o.mass, "out", o.out);
-    check("mass", o.mass, "lse", o.lse);
-    for (std::size_t j = 0; j < sequences.size(); ++j) {
-      const attention_sequence& s = sequences[j];
-      for (const auto& [name, view] :
-           {std::pair{"out", o.out}, std::pair{"lse", o.lse}, std::pair{"mass", o.mass}}) {
-        check(name, view, "q", s.q);
-        check(name, view, "k", s.kv.k);
-        check(name, view, "v", s.kv.v);
-        if (i != j) {
-          check(name, view, "the out of another sequence", s.output.out);
-          check(name, view, "the lse of another sequence", s.output.lse);
-          check(name, view, "the mass of another sequence", s.output.mass);
+  const output_span spans[] = {{"out", &attention_output::out, sequences},
+                               {"lse", &attention_output::lse, sequences},
+                               {"mass", &attention_output::mass, sequences}};
+  for (const output_span& outputs : spans) {
+    const auto check_inputs = [&](const char* name, const auto& input) {
+      if (!may_overlap(outputs.row, input)) return;
+      for (const attention_sequence& s : sequences) {
+        require(!may_overlap(outputs.of(s), input), "attend: ", outputs.name, " overlaps ", name);
+      }
+    };
+    for (const attention_sequence& s : sequences) {
+      check_inputs("q", s.q);
+      check_inputs("k", s.kv.k);
+      check_inputs("v", s.kv.v);
+    }
+    for (const output_span& others : spans) {
+      const bool same = &others == &outputs;
+      if (same ? outputs.ascending : !may_overlap(outputs.row, others.row)) continue;
+      for (const attention_sequence& s : sequences) {
+        for (const attention_sequence& t : sequences) {
+          require((same && &s == &t) || !may_overlap(outputs.of(s), others.of(t)), "attend: ",
+                  outputs.name, " overlaps ", &s == &t ? "" : "another sequence's ", others.name);
         }
       }
     }
