@@ -305,6 +305,7 @@ class cache_machine {
     ASSERT_EQ(caches_[0].free_pages() + std::ssize(count), pages);
     const std::size_t page_bytes = first.capacity / at(pages);
     ASSERT_EQ(first.used, count.size() * page_bytes);
+    ASSERT_EQ(first.counts, 2 * sizeof(std::int32_t) * at(pages));
     for (std::size_t i = 0; i < caches_.size(); ++i) {
       std::size_t held = 0;
       for (index_t h = 0; h < options_.kv_heads; ++h) held += pages_of(i, h).size();

@@ -314,7 +314,20 @@ TEST(store_row, rounds_to_the_nearest_that_its_type_has) {
   EXPECT_EQ(round_trip(q8_0{}, {})[5], 0.0f);
   EXPECT_NEAR(round_trip(q8_0{}, {8e6f})[0], 8e6f, 8e6f / 1024);
   EXPECT_FALSE(can_store_row<q8_0>(std::vector<float>(32, 127.0f * 65504.0f * 1.001f).data(), 32));
-  EXPECT_TRUE(can_store_row<f16>(std::vector<float>(32, quiet_nan).data(), 32));
+  const auto fits = [](auto type, float x) { return can_store_row<decltype(type)>(&x, 1); };
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  for (const float x : {quiet_nan, infinity, -infinity}) {
+    EXPECT_TRUE(fits(0.0f, x) && fits(f16{}, x) && fits(bf16{}, x)) << x;
+    EXPECT_FALSE(fits(std::int8_t{}, x) || fits(q8_0{}, x)) << x;
+  }
+  // The last number that rounds to a finite one, and the next.
+  const auto ends_at = [&](auto type, float first, auto round) {
+    const float last = std::nextafter(first, 0.0f);
+    EXPECT_TRUE(fits(type, last) && fits(type, -last) && std::isfinite(to_float(round(last))));
+    EXPECT_FALSE(fits(type, first) || fits(type, -first) || std::isfinite(to_float(round(first))));
+  };
+  ends_at(f16{}, 65520.0f, to_f16);
+  ends_at(bf16{}, 0x1.ffp127f, to_bf16);
 }
 
 }  // namespace

@@ -26,6 +26,10 @@ class page_store {
   index_t pages() const { return std::ssize(holders_); }
   index_t free_pages() const { return std::ssize(free_); }
   index_t page_bytes() const { return page_bytes_; }
+  /// Of what is kept beside the pages.
+  std::size_t count_bytes() const {
+    return (holders_.capacity() + free_.capacity()) * sizeof(std::int32_t);
+  }
   std::byte* data() const { return memory_.bytes().data(); }
   std::byte* page(std::int32_t id) const { return data() + id * page_bytes_; }
 

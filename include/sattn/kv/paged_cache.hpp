@@ -43,6 +43,7 @@ struct kv_cache_bytes {
   std::size_t capacity;  // of all pages, for all sequences of the store
   std::size_t used;      // of pages that some sequence holds
   std::size_t held;      // of pages that this sequence holds
+  std::size_t counts;    // of holders of each page, and the list of free ones, of the store
   std::size_t tables;    // of this sequence
   std::size_t summaries;  // of this sequence, bounds and means; forks share most of them
 };
@@ -100,7 +101,8 @@ class paged_kv_cache {
   /// Adds tokens behind the last one of every head.
   ///
   /// Shapes: k [n, kv_heads, head_dim], v [n, kv_heads, v_dim], f32.
-  /// Throws: shape_error if extents differ, or int8 and q8_0 meet what they cannot express;
+  /// Throws: shape_error if extents differ, or a type meets a number that it cannot express
+  /// (can_store_row);
   /// capacity_error where the store has too few free pages; std::bad_alloc.
   /// Cost: the rows, and copies of the last pages where they are shared.
   void append(const tensor_view<const float>& k, const tensor_view<const float>& v) {
@@ -139,7 +141,8 @@ class paged_kv_cache {
     summaries_.swap(cut);
   }
 
-  /// Keeps of each head the keys that its list names, ascending, and gives the other pages back;
+  /// Keeps of each head the keys that its list names, ascending, and gives the other pages back to
+  /// the store, for all its sequences;
   /// key i of a head then is what was key keep[head][i]. Lengths may differ from head to head.
   /// Throws: shape_error unless there is a list for each head, ascending and of keys that exist;
   /// capacity_error where pages that forks share must be copied and too few are free.
@@ -171,7 +174,7 @@ class paged_kv_cache {
       return static_cast<std::size_t>(pages * store_->page_bytes());
     };
     return {of(store_->pages()), of(store_->pages() - store_->free_pages()), of(tables_.pages()),
-            tables_.bytes(), summary_bytes()};
+            store_->count_bytes(), tables_.bytes(), summary_bytes()};
   }
   /// The bounds of the pages of each head, of its keys as they are stored; empty if the options
   /// asked for none.
@@ -311,22 +314,17 @@ class paged_kv_cache {
         const page_slot slot = tables_.find(h, key);
         if (key == i) continue;
         load_row(dtype_of<K>, k_row(slot), k_scale(slot), shape_.head_dim, row);
-        const bool finite = stays_finite(row);
+        const bool finite = all_finite(row);
         rotation.turn(row, i - key);
-        require(!finite || (can_store_row<K>(row, shape_.head_dim) && stays_finite(row)),
+        require(!finite || (can_store_row<K>(row, shape_.head_dim) && all_finite(row)),
                 "evict: key ", key, " of head ", h, ", turned to position ", i,
                 ", holds a number that ", name_of(dtype_of<K>), " cannot express");
       }
     }
   }
 
-  /// Whether a row has only finite numbers once it is stored.
-  bool stays_finite(const float* row) const {
-    return std::all_of(row, row + shape_.head_dim, [](float x) {
-      if constexpr (std::is_same_v<K, f16>) x = to_float(to_f16(x));
-      if constexpr (std::is_same_v<K, bf16>) x = to_float(to_bf16(x));
-      return std::isfinite(x);
-    });
+  bool all_finite(const float* row) const {
+    return std::all_of(row, row + shape_.head_dim, [](float x) { return std::isfinite(x); });
   }
 
   void reserve_pages(index_t needed) const {

@@ -15,13 +15,20 @@
 
 namespace sattn {
 
-/// Whether T can express the row: int8 takes magnitudes up to 3.4e38, so that 127 * scale does not
-/// overflow, and q8_0 those whose scale f16 holds.
+/// Whether T can express the row. f16 and bf16 take NaN, infinities and what rounds to a finite
+/// number; int8 takes magnitudes up to 3.4e38, so that 127 * scale does not overflow, and q8_0
+/// those whose scale f16 holds.
 template <class T>
 bool can_store_row(const float* x, index_t dim) {
-  constexpr float limit = std::is_same_v<T, q8_0> ? 127.0f * 65504.0f : 3.4e38f;
-  if (!std::is_same_v<T, std::int8_t> && !std::is_same_v<T, q8_0>) return true;
-  return std::all_of(x, x + dim, [](float e) { return std::abs(e) <= limit; });  // false for NaN
+  const auto all = [&](auto&& fits) { return std::all_of(x, x + dim, fits); };
+  if constexpr (std::is_same_v<T, f16> || std::is_same_v<T, bf16>) {
+    constexpr float limit = std::is_same_v<T, f16> ? 65520.0f : 0x1.ffp127f;  // rounds to infinity
+    return all([](float e) { return std::abs(e) < limit || !std::isfinite(e); });
+  } else if constexpr (std::is_same_v<T, std::int8_t> || std::is_same_v<T, q8_0>) {
+    constexpr float limit = std::is_same_v<T, q8_0> ? 127.0f * 65504.0f : 3.4e38f;
+    return all([](float e) { return std::abs(e) <= limit; });  // false for NaN
+  }
+  return true;
 }
 
 /// Writes a row of f32 as T, each element rounded to the nearest: row_bytes(dtype_of<T>, dim) bytes
