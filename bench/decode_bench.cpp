@@ -4,7 +4,9 @@
 // name says otherwise. Names: decode/<type>/g<query heads>/d<dim>/n<tokens>/<what>. Counters:
 // bandwidth_fraction = bytes of the selected K and V, once, over a linear read in the same rounds;
 // peak_fraction = flops over the FMA peak; vs_dense = time / (time of dense x density); vs_g1 =
-// time / time of one query head. Ratios are of interleaved runs.
+// time / time of one query head; vs_one_row = time of several rows / time of one over all keys;
+// share_of_decode = time of an update of a cache, of one head, / time of a step over it. Ratios are
+// of interleaved runs.
 
 #include <algorithm>
 #include <functional>
@@ -35,13 +37,17 @@ struct setting {
   index_t tokens = 32768;
   index_t page_size = 0;  // 0 = K and V in two arrays
   index_t v_dim = 0;      // 0 = dim; otherwise V is a part of K
+  index_t rows = 1;       // tokens of a step, causal among themselves
   bool smoke = false;
 
   std::string name() const {
     const std::string width = v_dim == 0 ? text(dim) : text(dim, '_', v_dim);
-    return text("decode/", name_of(type), "/g", group, "/d", width, "/n", tokens, '/');
+    return text("decode/", name_of(type), "/g", group, "/d", width, "/n", tokens, '/',
+                rows == 1 ? "" : text("rows", rows, '/'));
   }
-  attention_shape shape() const { return {1, tokens, group, 1, static_cast<token_t>(tokens - 1)}; }
+  attention_shape shape() const {
+    return {rows, tokens, group, 1, static_cast<token_t>(tokens - rows)};
+  }
   index_t values() const { return v_dim == 0 ? dim : v_dim; }
 };
 
@@ -53,14 +59,14 @@ struct decoder {
   index_t next = 0;
 
   decoder(const stored_caches& c, const setting& s)
-      : caches(c), shape(s.shape()), q(bench::random_floats(s.group * s.dim, 1)),
-        out(static_cast<std::size_t>(s.group * s.values())) {}
+      : caches(c), shape(s.shape()), q(bench::random_floats(s.rows * s.group * s.dim, 1)),
+        out(static_cast<std::size_t>(s.rows * s.group * s.values())) {}
 
   sattn::tensor_view<const float> q_view() const {
-    return sattn::nhd<const float>(q.data(), 1, shape.q_heads, caches.dim());
+    return sattn::nhd<const float>(q.data(), shape.q_len, shape.q_heads, caches.dim());
   }
   sattn::tensor_view<float> out_view() {
-    return sattn::nhd(out.data(), 1, shape.q_heads, caches.v_dim());
+    return sattn::nhd(out.data(), shape.q_len, shape.q_heads, caches.v_dim());
   }
   sattn::kv_view next_cache() {
     next = (next + 1) % caches.count();
@@ -76,13 +82,13 @@ stored_caches caches_of(const setting& s) {
 }
 
 void report(benchmark::State& state, const stored_caches& caches, const bench::timings& t,
-            const sattn::plan_stats& stats, index_t group) {
+            const sattn::plan_stats& stats, const setting& s) {
   const double seconds = bench::median(t.run);
   const double best = bench::best(t.run);
   const auto selected = static_cast<double>(stats.selected);
   const double flops = 2.0 * static_cast<double>(caches.dim() + caches.v_dim()) * selected;
   const double bytes = static_cast<double>(caches.token_bytes()) * selected /
-                       static_cast<double>(group);
+                       static_cast<double>(s.rows * s.group);
   auto& counters = state.counters;
   counters["median_ms"] = seconds * 1e3;
   counters["best_ms"] = best * 1e3;
@@ -100,20 +106,23 @@ using pattern_maker = std::function<sattn::any_pattern(const attention_shape&, u
 
 sattn::any_pattern dense(const attention_shape&, unsigned) { return sattn::dense{}; }
 
-pattern_maker pages(index_t page_size, double density) {
+/// One list of pages for so many rows.
+pattern_maker pages(index_t page_size, double density, index_t rows = 1) {
   return [=](const attention_shape& s, unsigned round) {
-    return bench::random_blocks(s, 1, static_cast<token_t>(page_size), density, 1, round);
+    return bench::random_blocks(s, static_cast<token_t>(rows), static_cast<token_t>(page_size),
+                                density, 1, round);
   };
 }
 
-enum class rival { none, dense, one_head, one_thread, eigen };
+enum class rival { none, dense, one_head, one_row, one_thread, eigen };
 
 void run_attention(benchmark::State& state, const setting& s, const pattern_maker& make,
                    rival against) {
   const stored_caches caches = caches_of(s);
   decoder ours(caches, s);
   setting alone = s;
-  alone.group = against == rival::one_head ? 1 : s.group;
+  if (against == rival::one_head) alone.group = 1;
+  if (against == rival::one_row) alone.rows = 1;
   decoder other(caches, alone);
   sattn::serial_executor serial;
   sattn::context ctx(serial);
@@ -152,7 +161,7 @@ void run_attention(benchmark::State& state, const setting& s, const pattern_make
   }
   const bench::timings t = measure(state, c);
   const double ratio = bench::median(t.ratio);
-  report(state, caches, t, plan.stats(), s.group);
+  report(state, caches, t, plan.stats(), s);
   if (against == rival::dense) {
     const double planned = bench::median(t.plan) / (bench::median(t.plan) + bench::median(t.run));
     state.counters["vs_dense"] = ratio / plan.stats().density_selected();
@@ -160,6 +169,7 @@ void run_attention(benchmark::State& state, const setting& s, const pattern_make
     state.counters["plan_share"] = planned;
   }
   if (against == rival::one_head) state.counters["vs_g1"] = ratio;
+  if (against == rival::one_row) state.counters["vs_one_row"] = ratio;
   if (against == rival::one_thread) state.counters["thread_speedup"] = 1 / ratio;
   if (against == rival::eigen) state.counters["vs_eigen"] = ratio;
 }
@@ -182,7 +192,7 @@ void run_mass(benchmark::State& state, const setting& s) {
                    sattn::nhd(mass.data(), s.tokens, 1, 1)});
   };
   const bench::timings t = measure(state, c);
-  report(state, caches, t, plan.stats(), s.group);
+  report(state, caches, t, plan.stats(), s);
   state.counters["vs_dense"] = bench::median(t.ratio);
 }
 
@@ -221,7 +231,7 @@ void run_batch(benchmark::State& state, const setting& s) {
     all.selected += plan.stats().selected;
     all.legal += plan.stats().legal;
   }
-  report(state, caches, t, all, s.group);
+  report(state, caches, t, all, s);
   state.counters["thread_speedup"] = 1 / bench::median(t.ratio);
 }
 
@@ -268,7 +278,7 @@ void run_quest(benchmark::State& state, const setting& s, dtype summary_type, in
     sattn::attend(ctx, plan, ours.q_view(), caches.view(ours.next), ours.out_view());
   };
   const bench::timings t = measure(state, c);
-  report(state, caches, t, plan.stats(), s.group);
+  report(state, caches, t, plan.stats(), s);
   const double bytes = static_cast<double>(summaries[0][0].bytes());
   state.counters["speedup"] = 1 / bench::median(t.ratio);
   state.counters["score_us"] = bench::median(scoring) * 1e6;
@@ -278,36 +288,65 @@ void run_quest(benchmark::State& state, const setting& s, dtype summary_type, in
       bytes / bench::median(scoring) / bench::median(t.read_rate);
 }
 
-/// One more token in a cache that keeps summaries, against a decoding step over it.
-void run_append(benchmark::State& state, const setting& s) {
-  sattn::paged_kv_cache<sattn::f16> cache({.kv_heads = 1,
-                                           .head_dim = s.dim,
-                                           .page_size = static_cast<token_t>(s.page_size),
-                                           .capacity = s.tokens + 1024,
-                                           .summaries = dtype::f16});
-  const std::vector<float> rows = bench::random_floats(1024 * s.dim, 3);
-  const auto some = sattn::nhd<const float>(rows.data(), 1024, 1, s.dim);
+/// What happens to a cache between two steps; `prepare` brings it to where that can happen.
+struct cache_update {
+  using cache = sattn::paged_kv_cache<sattn::f16>;
+  using rows = sattn::tensor_view<const float>;
+  const char* name;
+  std::function<void(cache&, const rows& token)> prepare, run;
+};
+
+std::vector<cache_update> cache_updates(index_t tokens, index_t page_size, index_t kv_heads) {
+  using cache = cache_update::cache;
+  using rows = cache_update::rows;
+  std::vector<token_t> half;  // every other page
+  for (index_t i = 0; i < tokens; ++i) {
+    if (i / page_size % 2 == 0) half.push_back(static_cast<token_t>(i));
+  }
+  const std::vector<std::vector<token_t>> kept(static_cast<std::size_t>(kv_heads), half);
+  const auto append = [](cache& c, const rows& x) { c.append(x, x); };
+  const auto truncate = [=](cache& c, const rows&) { c.truncate(tokens); };
+  const auto nothing = [](cache&, const rows&) {};
+  const auto fill = [=](cache& c, const rows& x) {
+    c = c.new_sequence();
+    for (index_t i = 0; i < tokens; ++i) c.append(x, x);
+  };
+  const auto fork = [](cache& c, const rows&) { benchmark::DoNotOptimize(c.fork().tokens()); };
+  const auto fork_append = [](cache& c, const rows& x) { c.fork().append(x, x); };
+  const auto evict = [=](cache& c, const rows&) { c.evict(kept); };
+  return {{"append", truncate, append},
+          {"truncate", append, truncate},
+          {"fork", nothing, fork},
+          {"fork_append", nothing, fork_append},
+          {"evict_half", fill, evict}};
+}
+
+/// An update of a cache that keeps bounds, and of int8 means too, against a step over one head.
+void run_update(benchmark::State& state, const setting& s, const cache_update& update,
+                dtype summaries, index_t kv_heads) {
+  sattn::kv_cache_options options{.kv_heads = kv_heads,
+                                  .head_dim = s.dim,
+                                  .page_size = static_cast<token_t>(s.page_size),
+                                  .capacity = 2 * s.tokens,
+                                  .summaries = summaries};
+  if (summaries == dtype::i8) options.means = dtype::i8;
+  cache_update::cache cache(options);
+  const std::vector<float> rows = bench::random_floats(1024 * kv_heads * s.dim, 3);
+  const auto some = sattn::nhd<const float>(rows.data(), 1024, kv_heads, s.dim);
   for (index_t t = 0; t < s.tokens; t += 1024) cache.append(some, some);
+  const auto token = some.slice(7, 8);
   const stored_caches caches = caches_of(s);
   decoder whole(caches, s);
   sattn::serial_executor serial;
   sattn::context ctx(serial);
   const sattn::attention_plan reference = plan_decode(ctx, s.shape(), sattn::dense{});
-  index_t token = 0;
   bench::timed_case c{.from_memory = true, .smoke = s.smoke};
-  c.prepare = [&] {
-    if (token == 1000) cache.truncate(s.tokens);
-    token %= 1000;
-  };
+  c.prepare = [&] { update.prepare(cache, token); };  // the probe then empties the caches
   c.reference = [&] { whole.attend(ctx, reference); };
-  c.run = [&] {
-    const auto row = some.slice(token, token + 1);
-    cache.append(row, row);
-    ++token;
-  };
+  c.run = [&] { update.run(cache, token); };
   const bench::timings t = measure(state, c);
-  state.counters["append_us"] = bench::median(t.run) * 1e6;
-  state.counters["share_of_decode"] = bench::median(t.ratio);
+  state.counters["update_us"] = bench::median(t.run) * 1e6;
+  state.counters["share_of_decode"] = bench::median(t.ratio) / static_cast<double>(kv_heads);
 }
 
 template <class F>
@@ -328,6 +367,25 @@ void add_pages(const setting& s, const std::string& density) {
         run_attention(state, of, pages(of.page_size, std::stod(density)), rival::dense);
       });
 }
+/// Several tokens of a step, all keys; pages for all of them, or for each its own.
+void add_rows(const setting& s) {
+  const auto with = [&](const std::string& name, const pattern_maker& make) {
+    add(s, name, [=](auto& state, const setting& of) {
+      run_attention(state, of, make, rival::one_row);
+    });
+  };
+  with("dense", dense);
+  with("shared_pages/density0.125", pages(s.page_size, 0.125, s.rows));
+  with("own_pages/density0.125", pages(s.page_size, 0.125));
+}
+void add_updates(const setting& s, dtype summaries, index_t kv_heads) {
+  for (const cache_update& update : cache_updates(s.tokens, s.page_size, kv_heads)) {
+    const auto name = text(update.name, '/', name_of(summaries), "/h", kv_heads);
+    add(s, name, [=](auto& state, const setting& of) {
+      run_update(state, of, update, summaries, kv_heads);
+    });
+  }
+}
 void add_quest(const setting& s, dtype summary_type) {
   add(s, text("quest_", name_of(summary_type), "/budget1024"),
       [=](auto& state, const setting& of) { run_quest(state, of, summary_type, 1024); });
@@ -340,8 +398,13 @@ void add_cases(bool long_ones) {
   add_pages(smoke, "0.25");
   add_quest(smoke, dtype::i8);
   add(smoke, "mass", run_mass);
+  add_updates(smoke, dtype::i8, 2);
+  setting draft = smoke;
+  draft.rows = 4;
+  add_rows(draft);
 
-  for (const dtype type : {dtype::f32, dtype::f16, dtype::bf16, dtype::i8}) {
+  for (const dtype type :
+       {dtype::f32, dtype::f16, dtype::bf16, dtype::i8, dtype::q8_0}) {
     for (const index_t group : {1, 2, 4, 8}) add_dense({.type = type, .group = group});
   }
   for (const index_t group : {3, 5, 6, 7, 16}) add_dense({.group = group});
@@ -366,7 +429,14 @@ void add_cases(bool long_ones) {
       add_quest({.group = 4, .tokens = tokens, .page_size = 16}, type);
     }
   }
-  add({.group = 4, .page_size = 16}, "append", run_append);
+  const setting paged{.group = 4, .page_size = 16};
+  add_updates(paged, dtype::f16, 1);
+  add_updates(paged, dtype::i8, 8);
+  for (const index_t tokens : {2, 4, 8}) {
+    draft = paged;
+    draft.rows = tokens;
+    add_rows(draft);
+  }
   for (const index_t group : {1, 4}) add({.group = group}, "mass", run_mass);
   for (const dtype type : {dtype::f32, dtype::f16}) {
     for (const index_t group : {1, 4}) {

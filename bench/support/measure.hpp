@@ -75,7 +75,12 @@ inline timings measure(benchmark::State& state, const timed_case& c) {
   for (int i = 0; !enough(i); ++i) {
     spent += seconds_of([&] { t.add_round(c); });
   }
-  for (auto _ : state) c.run();
+  for (auto _ : state) {
+    state.PauseTiming();
+    c.prepare();
+    state.ResumeTiming();
+    c.run();
+  }
   return t;
 }
 
