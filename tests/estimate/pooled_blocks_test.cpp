@@ -202,7 +202,8 @@ TEST(select_blocks, lists_hold_the_blocks_of_highest_score) {
     const index_t k = random.pick<index_t>({0, 1, 4, 9});
     for (sattn::context& ctx : contexts) {
       const block_lists lists = select_blocks(p.shape, pooled_block_scores(ctx, p, options),
-                                              {budget::fixed(k)}, options.q_block, options.k_block);
+                                              {budget::fixed(k)}, options.q_block, options.k_block,
+                                              options.rules.legal);
       ASSERT_EQ(lists.sets, want.sets);
       for (index_t i = 0; i < want.sets * want.rows; ++i) {
         ASSERT_TRUE(are_the_best(list_of(lists, i), k, want, i / want.rows, i % want.rows))
@@ -226,8 +227,8 @@ TEST(select_blocks, plans_attend_to_exactly_the_blocks) {
     const auto k_block = random.pick<token_t>({1, 9, 16, 64, 150});
     const index_t sets = random.pick({index_t{1}, kv_heads, q_heads});
     const score_tensor scores = random_scores(random, shape, legal, sets, q_block, k_block);
-    const block_lists lists =
-        select_blocks(shape, scores, {budget::fixed(random.integer(0, 9))}, q_block, k_block);
+    const block_lists lists = select_blocks(shape, scores, {budget::fixed(random.integer(0, 9))},
+                                            q_block, k_block, legal);
     const auto set_of = [&](index_t head) {
       if (sets == 1) return index_t{0};
       return sets == q_heads ? head : head / shape.group_size();
@@ -238,6 +239,32 @@ TEST(select_blocks, plans_attend_to_exactly_the_blocks) {
                           return holds(list_of(lists, i), key / k_block);
                         }))
         << "round " << round << ", blocks of " << q_block << " x " << k_block;
+  }
+}
+
+// Scores that know nothing of causality, as those of pages for the rows of a draft.
+TEST(select_blocks, takes_no_block_without_a_legal_pair) {
+  const seed_trace trace;
+  random_source random;
+  for (int round = 0; round < 200; ++round) {
+    const index_t kv_len = random.integer(1, 300);
+    const sattn::attention_shape shape{random.integer(1, 200), kv_len, 1, 1,
+                                       static_cast<token_t>(random.integer(-100, 250))};
+    const domain legal = test_support::random_rules(random).legal;
+    const auto q_block = random.pick<token_t>({1, 7, 16, 64});
+    const auto k_block = random.pick<token_t>({1, 9, 16, 64});
+    const score_tensor all = random_scores(random, shape, domain::full(), 1, q_block, k_block);
+    score_tensor some = all;
+    const auto pairs = test_support::detail::legal_block_pairs(shape, legal, q_block, k_block);
+    for (std::size_t i = 0; i < pairs.size(); ++i) {
+      if (pairs[i] == 0) some.values[i] = -infinity;
+    }
+    const selection rule{budget::fixed(random.integer(0, 9)),
+                         {.first = 1, .recent = 1, .diagonal = random.integer(0, 2) == 0}};
+    const block_lists got = select_blocks(shape, all, rule, q_block, k_block, legal);
+    const block_lists want = select_blocks(shape, some, rule, q_block, k_block, domain::full());
+    EXPECT_EQ(got.indptr, want.indptr) << round;
+    EXPECT_EQ(got.indices, want.indices) << round;
   }
 }
 
@@ -272,7 +299,8 @@ TEST(select_blocks, diagonal_blocks_are_those_of_the_rows_own_positions) {
     const auto k_block = random.pick<token_t>({1, 9, 16, 64, 150});
     const score_tensor scores = random_scores(random, shape, domain::full(), 1, q_block, k_block);
     const block_lists lists =
-        select_blocks(shape, scores, {budget::fixed(0), {.diagonal = true}}, q_block, k_block);
+        select_blocks(shape, scores, {budget::fixed(0), {.diagonal = true}}, q_block, k_block,
+                      domain::full());
     for (index_t i = 0; i < scores.rows; ++i) {
       std::vector<token_t> own;
       for (index_t row = i * q_block; row < std::min((i + 1) * q_block, shape.q_len); ++row) {

@@ -128,10 +128,11 @@ inline score_tensor pooled_block_scores(context& ctx, const attention_shape& sha
 /// The best blocks of every row of blocks, from any scores [sets, q_blocks, k_blocks].
 ///
 /// Protected units count in key blocks; `diagonal` blocks are those that hold the rows' own
-/// positions. Throws: shape_error if the scores do not fit the shape and block sizes.
+/// positions. Blocks without a legal pair are not chosen, whatever their score.
+/// Throws: shape_error if the scores do not fit the shape and block sizes.
 inline block_lists select_blocks(const attention_shape& shape, const score_tensor& scores,
                                  const selection& rule, token_t q_block = 64,
-                                 token_t k_block = 64) {
+                                 token_t k_block = 64, const domain& legal = {}) {
   detail::check_block_sizes("select_blocks", q_block, k_block);
   require(scores.rows == ceil_div(shape.q_len, q_block) &&
               scores.cols == ceil_div(shape.kv_len, k_block),
@@ -155,8 +156,13 @@ inline block_lists select_blocks(const attention_shape& shape, const score_tenso
         own = {static_cast<token_t>(std::max<index_t>(first, 0) / k_block),
                static_cast<token_t>(last / k_block + 1)};
       }
-      choose.choose(scores.row(set, i), rule, own, chosen);
-      lists.indices.insert(lists.indices.end(), chosen.begin(), chosen.end());
+      const key_range seen = detail::legal_blocks(
+          shape, legal, i * q_block, std::min((i + 1) * q_block, shape.q_len), k_block);
+      const std::span<const float> row = scores.row(set, i);
+      choose.choose(row.subspan(static_cast<std::size_t>(seen.begin),
+                                static_cast<std::size_t>(seen.size())),
+                    rule, {own.begin - seen.begin, own.end - seen.begin}, chosen);
+      for (const token_t block : chosen) lists.indices.push_back(seen.begin + block);
       lists.indptr.push_back(std::ssize(lists.indices));
     }
   }

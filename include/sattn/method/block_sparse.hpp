@@ -22,7 +22,7 @@ struct block_sparse_method {
     const score_tensor scores =
         pooled_block_scores(ctx, in.shape, in.q, in.k,
                             {q_block, k_block, probabilities, in.rules(reduce)});
-    return select_blocks(in.shape, scores, blocks, q_block, k_block);
+    return select_blocks(in.shape, scores, blocks, q_block, k_block, in.legal);
   }
 };
 
@@ -53,7 +53,7 @@ struct xattention {
                                                           {stride, block_size, in.rules(reduce)});
     return select_blocks(in.shape, scores,
                          {budget::coverage(threshold), {.first = 1, .diagonal = true}}, block_size,
-                         block_size);
+                         block_size, in.legal);
   }
 };
 
@@ -68,7 +68,7 @@ struct scored_blocks {
   token_t k_block = 64;
 
   block_lists choose(context&, const method_inputs& in) const {
-    return select_blocks(in.shape, scores, blocks, q_block, k_block);
+    return select_blocks(in.shape, scores, blocks, q_block, k_block, in.legal);
   }
 };
 

@@ -43,18 +43,14 @@ struct quest_method {
               in.shape.kv_len, " in pages of ", page_size);
     }
     score_tensor scores = page_scores(ctx, in.q, in.summaries, reduce);
-    for (index_t row = 0; row < in.shape.q_len; ++row) {
+    for (index_t row = 0; within && row < in.shape.q_len; ++row) {
       const key_range legal = in.legal.legal(in.shape.position(row), in.shape.kv_len);
-      const index_t end = ceil_div(legal.end, page_size);
+      const auto end = static_cast<std::size_t>(ceil_div(legal.end, page_size));
       for (index_t set = 0; set < scores.sets; ++set) {
-        const std::span<float> of_row = scores.row(set, row);
-        std::fill_n(of_row.begin(), std::min<index_t>(legal.begin / page_size, end),
-                    detail::not_legal);
-        std::fill(of_row.begin() + end, of_row.end(), detail::not_legal);
-        if (within) keep_within(of_row.first(static_cast<std::size_t>(end)), set, scores.sets);
+        keep_within(scores.row(set, row).first(end), set, scores.sets);
       }
     }
-    return select_blocks(in.shape, scores, pages, 1, page_size);
+    return select_blocks(in.shape, scores, pages, 1, page_size, in.legal);
   }
 
  private:
