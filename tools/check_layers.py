@@ -23,7 +23,7 @@ LAYERS = {
     "budget": ["core"],
     "pattern": ["core", "plan"],
     "kernel": ["core", "simd"],
-    "exec": ["core", "parallel", "plan", *KERNEL_INTERFACE],
+    "exec": ["core", "parallel", "kv", "plan", *KERNEL_INTERFACE],
     "estimate": ["core", "kv", "plan", "budget", "pattern", "exec", *KERNEL_INTERFACE],
     "attention": ["core", "parallel", "kv", "plan", "pattern", "exec", *KERNEL_INTERFACE],
     "method": ["core", "kv", "plan", "budget", "pattern", "exec", "estimate", "attention"],

@@ -138,7 +138,7 @@ inline void add_tile_mass(const attention_sequence& s, const mass_work& work, in
       const std::uint16_t* const masks =
           part.masked ? chunk.masks[static_cast<std::size_t>(sub)].data() + part.begin : nullptr;
       kernels.score_tile({
-          .k_rows = pointers.k.data() + part.begin,
+          .k_rows = pointers.k.rows.data() + part.begin,
           .v_rows = nullptr,
           .v_panel = 0,
           .count = part.end - part.begin,

@@ -137,8 +137,8 @@ void run_tile(const attention_sequence& s, const tile_work& work, key_range kv_h
       const key_chunk::sub_tile& part = chunk.sub[static_cast<std::size_t>(sub)];
       if (part.begin == part.end) continue;
       kernels.attend_tile({
-          .k_rows = pointers.k.data() + part.begin,
-          .v_rows = pointers.v.data() + part.begin,
+          .k_rows = pointers.k.rows.data() + part.begin,
+          .v_rows = pointers.v.rows.data() + part.begin,
           .v_panel = kv.v_panel,
           .count = part.end - part.begin,
           .masks = part.masked

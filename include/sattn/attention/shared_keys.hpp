@@ -48,8 +48,8 @@ class shared_keys {
     pointers.locate(keys_.data(), count_, kv, s.kv, kernels);
     for (index_t head = 0; head < work.sharing; ++head) {
       kernels.attend_tile({
-          .k_rows = pointers.k.data(),
-          .v_rows = pointers.v.data(),
+          .k_rows = pointers.k.rows.data(),
+          .v_rows = pointers.v.rows.data(),
           .v_panel = kv.v_panel,
           .count = count_,
           .masks = masks_.data(),

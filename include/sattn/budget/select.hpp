@@ -193,16 +193,25 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   }
 }
 
-/// How many of the best candidates reach the target mass, or exceed it; leaves them sorted.
+/// How many of the best candidates reach the target mass, or exceed it. Sorts no more of them than
+/// a few times as many.
 inline index_t selector::covering(std::span<std::uint64_t> candidates,
                                   std::span<const float> scores, double target, bool beyond) {
-  std::sort(candidates.begin(), candidates.end(), std::greater<>());
+  const auto first = candidates.begin();
   double mass = 0.0;
   index_t count = 0;
-  while (count < std::ssize(candidates) && (beyond ? mass <= target : mass < target)) {
-    const token_t position = position_of(candidates[static_cast<std::size_t>(count)]);
-    mass += mass_of(scores[static_cast<std::size_t>(position)]);
-    ++count;
+  const auto short_of_target = [&] { return beyond ? mass <= target : mass < target; };
+  for (index_t sorted = 0, some = 64; sorted < std::ssize(candidates) && short_of_target();
+       some *= 4) {
+    const index_t end = std::min(some, std::ssize(candidates));
+    if (end < std::ssize(candidates)) {
+      std::nth_element(first + sorted, first + end, candidates.end(), std::greater<>());
+    }
+    std::sort(first + sorted, first + end, std::greater<>());
+    for (sorted = end; count < end && short_of_target(); ++count) {
+      const token_t position = position_of(candidates[static_cast<std::size_t>(count)]);
+      mass += mass_of(scores[static_cast<std::size_t>(position)]);
+    }
   }
   return count;
 }

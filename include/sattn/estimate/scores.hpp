@@ -4,6 +4,7 @@
 #include <sattn/core/aligned_buffer.hpp>
 #include <sattn/core/tensor_view.hpp>
 #include <sattn/exec/context.hpp>
+#include <sattn/exec/located_rows.hpp>
 #include <sattn/exec/scratch_arena.hpp>
 #include <sattn/kv/stored_view.hpp>
 #include <sattn/plan/domain.hpp>
@@ -152,39 +153,31 @@ class key_rows {
       : dim_(k.dim), widened_(arena.take<float>(widened_floats(k))) {}
 
   /// At least one key.
-  void load(const kernel_table& kernels, const row_source& rows, std::span<const token_t> keys) {
-    count_ = std::ssize(keys);
-    rows.locate(keys.data(), count_, rows_.data());
-    if (rows.type != dtype::f32) {
-      if (has_row_scale(rows.type)) rows.read_scales(keys.data(), count_, scales_.data());
-      kernels.load_rows({rows_.data(), scales_.data(), rows.type, count_, dim_, widened_});
-      for (index_t i = 0; i < count_; ++i) {
-        rows_[static_cast<std::size_t>(i)] = widened_ + i * dim_;
-      }
-    }
-    std::fill(rows_.begin() + count_, rows_.end(), rows_[static_cast<std::size_t>(count_ - 1)]);
+  void load(const kernel_table& kernels, const row_source& source, std::span<const token_t> keys) {
+    located_.locate(keys.data(), std::ssize(keys), source, row_reader::tiles, dim_, kernels,
+                    widened_);
   }
   /// The keys first, first + step, ..., at least one.
-  void load(const kernel_table& kernels, const row_source& rows, index_t first, index_t count,
+  void load(const kernel_table& kernels, const row_source& source, index_t first, index_t count,
             index_t step = 1) {
     for (index_t i = 0; i < count; ++i) {
       keys_[static_cast<std::size_t>(i)] = static_cast<token_t>(first + i * step);
     }
-    load(kernels, rows, std::span(keys_).first(static_cast<std::size_t>(count)));
+    load(kernels, source, std::span(keys_).first(static_cast<std::size_t>(count)));
   }
 
   const float* row(index_t i) const {
-    return static_cast<const float*>(rows_[static_cast<std::size_t>(i)]);
+    return static_cast<const float*>(located_.rows[static_cast<std::size_t>(i)]);
   }
   /// Scores of all rows, or of the first `count`, for a block of queries, [count][16]; `masks` as
   /// in tile_args.
   void score(const kernel_table& kernels, const query_block& queries, const logit_factors& factors,
              const std::uint16_t* masks, float* scores) const {
-    score(kernels, queries, factors, masks, scores, count_);
+    score(kernels, queries, factors, masks, scores, located_.count);
   }
   void score(const kernel_table& kernels, const query_block& queries, const logit_factors& factors,
              const std::uint16_t* masks, float* scores, index_t count) const {
-    kernels.score_tile({.k_rows = rows_.data(),
+    kernels.score_tile({.k_rows = located_.rows.data(),
                         .v_rows = nullptr,
                         .v_panel = 0,
                         .count = count,
@@ -200,15 +193,13 @@ class key_rows {
 
  private:
   static index_t widened_floats(const stored_view& k) {
-    return k.type == dtype::f32 ? 0 : chunk_keys * k.dim;
+    return located_rows::widened_floats(k, row_reader::tiles);
   }
 
   index_t dim_;
-  index_t count_ = 0;
   float* widened_;
   std::array<token_t, chunk_keys> keys_;
-  std::array<const void*, chunk_keys + prefetch_rows> rows_;
-  std::array<float, chunk_keys> scales_;
+  located_rows located_;
 };
 
 /// The parts of the workspace that the workers of a call have, each of `bytes`.

@@ -142,6 +142,13 @@ struct rows_mass_args {
   float* sums;  // [column_count][chunk_keys]
 };
 
+/// Scores of a chunk of keys, row by row.
+struct rows_scores_args {
+  rows_args rows;  // V and the states are not read
+  float* scores;   // of query i and key j at [i * stride + j]
+  index_t stride;
+};
+
 inline constexpr index_t tile_pages = 64;  // pages whose summaries lie together
 
 /// Summaries of tile_pages pages: [head_dim][rows][tile_pages] of f32, f16 or i8, of i8 followed by

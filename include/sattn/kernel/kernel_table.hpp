@@ -30,6 +30,7 @@ struct kernel_table {
   void (*column_mass_rows)(const rows_mass_args&) noexcept;
 
   // Estimators.
+  void (*score_rows)(const rows_scores_args&) noexcept;
   void (*score_pages)(const page_scores_args&) noexcept;
   // Scores [count] in place to probabilities; all 0 when every score is -inf.
   void (*softmax)(float* scores, index_t count) noexcept;

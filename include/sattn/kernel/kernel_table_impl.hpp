@@ -8,6 +8,7 @@
 #include <sattn/kernel/load_rows.hpp>
 #include <sattn/kernel/page_scores.hpp>
 #include <sattn/kernel/prefill_tile.hpp>
+#include <sattn/kernel/row_scores.hpp>
 #include <sattn/kernel/softmax.hpp>
 #include <sattn/simd/cpu.hpp>
 
@@ -30,6 +31,7 @@ const kernel_table& kernels() {
       &kernel::attend_rows<Arch>,
       &kernel::merge_rows<Arch>,
       &kernel::column_mass_rows<Arch>,
+      &kernel::score_rows<Arch>,
       &kernel::score_pages<Arch>,
       &kernel::softmax<Arch>,
       &kernel::softmax_lanes<Arch>,
