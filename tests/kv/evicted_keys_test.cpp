@@ -37,7 +37,7 @@ void poison_all_but(const Cache& cache) {
   for (index_t h = 0; h < cache.options().kv_heads; ++h) {
     const kv_view head = cache.view(h);
     for (const stored_view* view : {&head.k, &head.v}) {
-      for (index_t t = 0; t < view->tokens; ++t) {
+      for (index_t t = 0; t < cache.tokens(h); ++t) {
         const index_t page = view->pages.table[at(t / view->pages.size)];
         const index_t slot = t % view->pages.size;
         give_back(static_cast<const std::byte*>(view->data) + page * view->pages.stride +
