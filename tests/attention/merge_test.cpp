@@ -240,7 +240,7 @@ TEST(merge, recall_is_the_distance_of_the_probabilities) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  for (int round = 0; round < 3 * pattern_kinds; ++round) {
+  for (int round = 0; round < 4 * pattern_kinds; ++round) {
     const attention_problem p(random, {.q_len = 30, .kv_len = 90, .q_heads = 4, .kv_heads = 2,
                                        .head_dim = 24, .v_dim = 5});
     const auto kind = static_cast<pattern_kind>(round % pattern_kinds);
@@ -248,8 +248,10 @@ TEST(merge, recall_is_the_distance_of_the_probabilities) {
     SCOPED_TRACE(pattern.name);
     const domain legal = random_domain(random, p.shape);
     const attention_plan some =
-        round % 2 == 0 ? plan_prefill(contexts.any(), p.shape, pattern.pattern, {.legal = legal})
-                       : plan_decode(contexts.any(), p.shape, pattern.pattern, {.legal = legal});
+        round < 2 * pattern_kinds
+            ? plan_prefill(contexts.any(), p.shape, pattern.pattern, {.legal = legal})
+            : plan_decode(contexts.any(), p.shape, pattern.pattern,
+                          {.legal = legal, .split_keys = 20});
     const attention_plan all = plan_prefill(contexts.any(), p.shape, dense{}, {.legal = legal});
     const mask_function selected = mask_of(some), seen = mask_of(all);
     const reference::result want_some = expected(p, selected), want_all = expected(p, seen);
