@@ -24,6 +24,12 @@ namespace {
 using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 
+double largest_of(const float* x, index_t count) {
+  double top = 0;
+  for (index_t i = 0; i < count; ++i) top = std::max(top, std::abs(double{x[i]}));
+  return top;
+}
+
 // How far each element of some rows may be from what was stored, where the largest of a row, or of
 // a block of 32, is `steps` steps, which are longer by `more`: half a step, and 128 times what the
 // step and the quotient are off, which for q8_0 is the rounding of an f16 or half of its smallest.
@@ -37,10 +43,7 @@ class step_errors {
     for (index_t row = 0; row < x.view().tokens * heads_; ++row) {
       const float* const values = x.row(row / heads_, row % heads_);
       for (index_t d = 0; d < dim_; ++d) {
-        double top = 0;
-        for (index_t i = d / block * block; i < d / block * block + block; ++i) {
-          top = std::max(top, std::abs(double{values[i]}));
-        }
+        const double top = largest_of(values + d / block * block, block);
         errors_.push_back((top / steps + more) * (0.5 + 128 * scale_error) + least);
       }
     }
@@ -83,12 +86,7 @@ void expect_within_bounds(all_contexts& contexts, const attention_problem& p, co
     widen(want, p, mask, [&](index_t head, index_t row, index_t key) {
       const float* const k = p.k.row(key, head / 2);
       return logit_error(p, head, row, [&](index_t d) { return unit * std::abs(double{k[d]}); });
-    }, [&](index_t head, index_t key) {
-      const float* const v = p.v.row(key, head);
-      return unit * std::abs(double{*std::max_element(v, v + 32, [](float a, float b) {
-        return std::abs(a) < std::abs(b);
-      })});
-    });
+    }, [&](index_t head, index_t key) { return unit * largest_of(p.v.row(key, head), 32); });
     reference::result moved = expected(original, mask);
     moved.out_bound = want.out_bound;
     moved.lse_bound = want.lse_bound;

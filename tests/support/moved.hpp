@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
+#include <vector>
 
 #include "support/problem.hpp"
 
