@@ -4,9 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <iterator>
+#include <set>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "support/patterns.hpp"
@@ -161,6 +164,80 @@ TEST(batch, empty_tensors_may_have_no_memory) {
   attend(ctx, plan, nhd<const float>(nullptr, 0, 2, 8),
          {nhd<const float>(nullptr, 0, 1, 8), nhd<const float>(nullptr, 0, 1, 8)},
          nhd<float>(nullptr, 0, 2, 8));
+}
+
+// ---- the order of tasks -------------------------------------------------------------------------
+
+// Runs one task of a call alone, or none.
+class single_task_executor {
+ public:
+  index_t concurrency() const { return 1; }
+  template <class F>
+  void parallel_for(index_t n, F&& f) {
+    ++calls;
+    tasks = n;
+    if (only >= 0) f(only, index_t{0});
+  }
+  index_t only = -1;
+  index_t calls = 0;
+  index_t tasks = 0;
+};
+static_assert(parallel_executor<single_task_executor>);
+
+// What is long must not begin when the others end: told by the rows that each task writes.
+TEST(batch, the_longest_sequences_come_first_and_their_last_rows) {
+  const seed_trace trace;
+  random_source random;
+  single_task_executor executor;
+  context planning(1), ctx(executor, *kernel_tables().back());
+  for (const token_t tile_rows : {4, 64}) {  // the row kernel and the tile kernel
+    std::vector<member> batch;
+    for (const index_t length : {200, 10, 700, 200, 2000, 64, 1100}) {
+      attention_problem p(random, {.q_len = std::min<index_t>(length, 130), .kv_len = length});
+      attention_plan plan = plan_prefill(planning, p.shape, dense{}, {.tile_rows = tile_rows});
+      batch.push_back({std::move(p), std::move(plan)});
+    }
+    executor.tasks = 0;
+    index_t before_sequence = -1, before_row = 0;
+    std::set<index_t> seen;
+    for (index_t task = -1; task < executor.tasks; ++task) {
+      executor.calls = 0;
+      executor.only = task;
+      std::vector<std::vector<float>> outs;
+      std::vector<attention_sequence> sequences;
+      for (const member& m : batch) {
+        const attention_problem& p = m.problem;
+        outs.emplace_back(at(p.shape.q_len * 16), quiet_nan);
+        sequences.push_back({&m.plan, p.q.view(), p.kv(),
+                             {nhd(outs.back().data(), p.shape.q_len, 1, 16)}});
+      }
+      attend(ctx, sequences, {.pack_bytes = 0});
+      ASSERT_EQ(executor.calls, 1) << "nothing is copied, nothing to be merged";
+      index_t sequence = -1, last_row = -1;
+      for (index_t i = 0; i < std::ssize(outs); ++i) {
+        for (index_t row = 0; row < batch[at(i)].problem.shape.q_len; ++row) {
+          if (std::isnan(outs[at(i)][at(row * 16)])) continue;
+          ASSERT_TRUE(sequence == -1 || sequence == i) << "task " << task << " writes to two";
+          sequence = i;
+          last_row = row;
+        }
+      }
+      ASSERT_EQ(sequence >= 0, task >= 0);
+      if (task > 0) {
+        const index_t length = batch[at(sequence)].problem.shape.kv_len;
+        const index_t before = batch[at(before_sequence)].problem.shape.kv_len;
+        ASSERT_TRUE(before > length || (before == length && before_sequence <= sequence))
+            << "task " << task << " is of sequence " << sequence << ", after " << before_sequence;
+        if (before_sequence == sequence) {
+          ASSERT_LT(last_row, before_row) << "task " << task;
+        }
+      }
+      before_sequence = sequence;
+      before_row = last_row;
+      seen.insert(sequence);
+    }
+    EXPECT_EQ(seen.size(), batch.size() + 1);
+  }
 }
 
 // ---- one long prompt in pieces ------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <string>
@@ -228,6 +229,59 @@ TEST(merge, recall_explains_the_error_of_leaving_keys_out) {
     for (std::size_t i = pair * 16; i < pair * 16 + 16; ++i) {
       EXPECT_NEAR(double{selected.out[i]} - all.out[i],
                   (1 - recall) * (double{selected.out[i]} - left_out.out[i]), 1e-5);
+    }
+  }
+}
+
+// The probabilities of all keys and those of the selected ones alone differ by 2 (1 - r) in sum,
+// and outputs by no more than that times the largest value. The recall r is the library's, off by
+// the errors of two lse.
+TEST(merge, recall_is_the_distance_of_the_probabilities) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (int round = 0; round < 4 * pattern_kinds; ++round) {
+    const attention_problem p(random, {.q_len = 30, .kv_len = 90, .q_heads = 4, .kv_heads = 2,
+                                       .head_dim = 24, .v_dim = 5});
+    const auto kind = static_cast<pattern_kind>(round % pattern_kinds);
+    const pattern_case pattern = random_pattern(random, p.shape, kind);
+    SCOPED_TRACE(pattern.name);
+    const domain legal = random_domain(random, p.shape);
+    const attention_plan some =
+        round < 2 * pattern_kinds
+            ? plan_prefill(contexts.any(), p.shape, pattern.pattern, {.legal = legal})
+            : plan_decode(contexts.any(), p.shape, pattern.pattern,
+                          {.legal = legal, .split_keys = 20});
+    const attention_plan all = plan_prefill(contexts.any(), p.shape, dense{}, {.legal = legal});
+    const mask_function selected = mask_of(some), seen = mask_of(all);
+    const reference::result want_some = expected(p, selected), want_all = expected(p, seen);
+    for (context& ctx : contexts) {
+      const attention_result got_some = run(ctx, some, p), got_all = run(ctx, all, p);
+      for (index_t pair = 0; pair < std::ssize(got_all.lse); ++pair) {
+        if (got_some.lse[at(pair)] == -infinity) continue;  // no key, no probabilities
+        const index_t row = pair / 4, head = pair % 4;
+        const auto of = [&](const mask_function& mask) {
+          return reference::probabilities(problem_of(p, mask), head, row);
+        };
+        const std::vector<double> part = of(selected), whole = of(seen);
+        double distance = 0;
+        for (std::size_t key = 0; key < 90; ++key) distance += std::abs(part[key] - whole[key]);
+        const double recall = std::exp(double{got_some.lse[at(pair)]} - got_all.lse[at(pair)]);
+        const double error =
+            recall * std::expm1(want_some.lse_bound[at(pair)] + want_all.lse_bound[at(pair)]);
+        ASSERT_NEAR(distance, 2 * (1 - recall), 2 * error + 1e-12) << name_of(ctx);
+        double largest = 0;
+        for (index_t key = 0; key < 90; ++key) {
+          for (index_t i = 0; i < 5; ++i) {
+            largest = std::max(largest, std::abs(double{p.v.row(key, head / 2)[i]}));
+          }
+        }
+        for (index_t i = 5 * pair; i < 5 * pair + 5; ++i) {
+          ASSERT_LE(std::abs(double{got_some.out[at(i)]} - got_all.out[at(i)]),
+                    2 * (1 - recall + error) * largest + want_some.out_bound[at(i)] +
+                        want_all.out_bound[at(i)]);
+        }
+      }
     }
   }
 }

@@ -5,11 +5,17 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <functional>
+#include <limits>
 #include <sattn/attention/attend.hpp>
 #include <sattn/attention/plan.hpp>
 #include <sattn/kv/layouts.hpp>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "support/errors.hpp"
@@ -200,48 +206,131 @@ TEST(layouts, heads_of_different_lengths_are_a_batch) {
   }
 }
 
-// Places beyond 2^31 and 2^32 elements and bytes, of which the machine holds only what is touched.
-TEST(layouts, reach_as_far_as_addresses_do) {
-  constexpr std::size_t bytes = std::size_t{40} << 30;
-  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) GTEST_SKIP() << "no address space for a sparse mapping";
-  random_source random(5);
-  all_contexts contexts;
-  attention_problem p(random, {1, 40, 2, 2, 32, 32});
-  const attention_plan plan = plan_decode(contexts.any(), p.shape, dense{}, {.split_keys = 16});
-  const auto check = [&](const stored_view& view) {
-    const attention_result want = run(contexts.any(), plan, p);
-    EXPECT_TRUE(bit_equal(run_stored(contexts.any(), plan, p, kv(view, p.v.view())), want));
+// Address space of which the machine holds only what is touched.
+class sparse_memory {
+ public:
+  explicit sparse_memory(index_t gibibytes)
+      : bytes_(at(gibibytes) << 30),
+        memory_(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)) {}
+  sparse_memory(const sparse_memory&) = delete;
+  sparse_memory& operator=(const sparse_memory&) = delete;
+  ~sparse_memory() {
+    if (*this) munmap(memory_, bytes_);
+  }
+  explicit operator bool() const { return memory_ != MAP_FAILED; }
+  std::byte* data() const { return static_cast<std::byte*>(memory_); }
+
+ private:
+  std::size_t bytes_;
+  void* memory_;
+};
+
+struct far_view {
+  std::string name;
+  stored_view view;
+};
+
+// Rows in every layout whose places lie beyond 2^31 and 2^32 elements, and their scales beyond 2^31
+// and 2^32 floats: 41 GiB of each at most.
+std::vector<far_view> far_views(const encoded_rows& rows, std::byte* bytes, float* scales,
+                                std::span<const std::int32_t> few,
+                                std::span<const std::int32_t> many) {
+  constexpr index_t page = 4;  // tokens
+  const index_t row = rows.row_bytes();
+  // 2^n elements in bytes, where there are blocks of them.
+  const auto elements = [&](int n) { return row_bytes(rows.type, index_t{1} << n); };
+  const auto slots = [&](index_t tokens, index_t token_stride, index_t head_stride,
+                         index_t scale_token, index_t scale_head) {
+    stored_view view;
+    view.data = bytes;
+    view.type = rows.type;
+    view.tokens = tokens;
+    view.heads = rows.heads;
+    view.dim = rows.dim;
+    view.token_stride = token_stride;
+    view.head_stride = head_stride;
+    if (has_row_scale(rows.type)) view.scales = {scales, scale_token, scale_head, 0};
+    return view;
   };
-  auto* const floats = static_cast<float*>(memory);
-  // Tokens, then heads, far apart: element offsets of 39 * 2^27 and 2^32 + ...
-  for (const auto& [token_stride, head_stride] :
-       {std::pair{index_t{1} << 27, index_t{64}},
-        std::pair{index_t{64}, (index_t{1} << 32) + 32}}) {
-    const tensor_view<float> x{floats, 40, 2, 32, token_stride, head_stride};
-    for (index_t t = 0; t < 40; ++t) {
-      for (index_t h = 0; h < 2; ++h) std::copy_n(p.k.row(t, h), 32, x.row(t, h));
+  const stored_view tokens_apart = slots(rows.tokens, elements(27), row, index_t{1} << 27, 1);
+  const stored_view heads_apart =
+      slots(rows.tokens, row, elements(32) + row, 1, (index_t{1} << 32) + 40);
+  const stored_view near = slots(page, rows.heads * row, row, rows.heads, 1);
+  // Pages far apart, and so many pages that their numbers reach 2^31; these overlap, which is
+  // nobody's business.
+  const page_pool few_pages{near, 36, elements(28), index_t{1} << 28};
+  const page_pool many_pages{near, (index_t{1} << 31) - 1, 20, 4};
+  return {{"tokens", tokens_apart},
+          {"ring", ring(tokens_apart, 7, rows.tokens)},
+          {"heads", heads_apart},
+          {"few pages", paged(few_pages, few, rows.tokens)},
+          {"many pages", paged(many_pages, many, rows.tokens)}};
+}
+
+// Puts the rows where a view has them.
+void put(const encoded_rows& rows, const stored_view& view) {
+  for (index_t t = 0; t < rows.tokens; ++t) {
+    for (index_t h = 0; h < rows.heads; ++h) {
+      const index_t slots = view.pages.size;
+      const index_t page = slots == 0 ? 0 : view.pages.table[at(t / slots)];
+      const index_t slot = slots != 0             ? t % slots
+                           : view.ring.slots == 0 ? t
+                                                  : (view.ring.first + t) % view.ring.slots;
+      auto* const bytes = static_cast<std::byte*>(const_cast<void*>(view.data));
+      std::copy_n(rows.row(t, h), rows.row_bytes(),
+                  bytes + page * view.pages.stride + slot * view.token_stride +
+                      h * view.head_stride);
+      if (rows.scales.empty()) continue;
+      const_cast<float*>(view.scales.data)[page * view.scales.page_stride +
+                                           slot * view.scales.token_stride +
+                                           h * view.scales.head_stride] =
+          rows.scales[at(t * rows.heads + h)];
     }
-    check(x);
-    check(ring(x, 0, 40));
   }
-  // Pages of four tokens, numbered up to 2^31 - 1.
-  constexpr index_t page = 16;  // bytes; pages overlap, which is nobody's business
-  std::vector<std::int32_t> table;
-  for (index_t i = 0; i < 10; ++i) {
-    table.push_back(static_cast<std::int32_t>((index_t{1} << 31) - 2 - i * 100));
+}
+
+// K and V, each in memory of its own.
+TEST(layouts, reach_as_far_as_addresses_do) {
+  const seed_trace trace;
+  const sparse_memory k_rows(42), v_rows(42), k_scales(42), v_scales(42);
+  if (!k_rows || !v_rows || !k_scales || !v_scales) {
+    GTEST_SKIP() << "no address space for sparse mappings";
   }
-  const tensor_view<float> first{floats, 4, 2, 32, 64, 32};
-  const page_pool pool{first, (index_t{1} << 31) - 1, page};
-  for (index_t t = 0; t < 40; ++t) {
-    for (index_t h = 0; h < 2; ++h) {
-      std::copy_n(p.k.row(t, h), 32,
-                  floats + table[at(t / 4)] * (page / 4) + (t % 4) * 64 + h * 32);
+  random_source random;
+  all_contexts contexts;
+  std::vector<std::int32_t> few, many;
+  for (std::int32_t i = 0; i < 10; ++i) {
+    few.push_back(35 - 3 * i);
+    many.push_back(std::numeric_limits<std::int32_t>::max() - 1 - i * 100);
+  }
+  for (const dtype type : all_types) {
+    attention_problem p(random, {20, 40, 4, 2, 32, 32});
+    const encoded_rows k(p.k, type), v(p.v, type);
+    const stored_tensor near_k(k, storage_layout::strided, random);
+    const stored_tensor near_v(v, storage_layout::strided, random);
+    const auto far_k = far_views(k, k_rows.data(), reinterpret_cast<float*>(k_scales.data()), few,
+                                 many);
+    const auto far_v = far_views(v, v_rows.data(), reinterpret_cast<float*>(v_scales.data()), few,
+                                 many);
+    for (std::size_t i = 0; i < far_k.size(); ++i) {
+      SCOPED_TRACE(std::string(name_of(type)) + ", " + far_k[i].name);
+      put(k, far_k[i].view);
+      put(v, far_v[i].view);
+      for (const attention_plan& plan :
+           {plan_decode(contexts.any(), p.shape, dense{}, {.split_keys = 16}),
+            plan_prefill(contexts.any(), p.shape, dense{})}) {
+        for (const std::size_t pack : {std::size_t{0}, std::size_t{1} << 40}) {
+          const auto got = [&](const stored_view& keys, const stored_view& values) {
+            return run_stored(contexts.any(), plan, p, kv(keys, values), pack);
+          };
+          const attention_result want = got(near_k.view, near_v.view);
+          EXPECT_TRUE(bit_equal(got(far_k[i].view, near_v.view), want)) << "keys";
+          EXPECT_TRUE(bit_equal(got(near_k.view, far_v[i].view), want)) << "values";
+        }
+      }
     }
   }
-  check(paged(pool, table, 40));
-  munmap(memory, bytes);
 }
 
 void expect_error(const char* name, const std::function<void()>& call,

@@ -283,12 +283,10 @@ inline std::string name_of(const sattn::context& ctx) {
 /// (q_head, row, key) -> is the key seen.
 using mask_function = std::function<bool(index_t, index_t, index_t)>;
 
-inline reference::result expected(const attention_problem& p, mask_function selected) {
+/// What the oracle is asked, all but the sinks.
+inline reference::problem problem_of(const attention_problem& p, mask_function selected) {
   const sattn::kv_view kv = p.kv();
-  // A sink of +infinity takes all the weight, which the oracle's arithmetic cannot express.
-  std::vector<float> sinks = p.sink_logits;
-  std::replace(sinks.begin(), sinks.end(), infinity, -infinity);
-  reference::result r = reference::attention({
+  return {
       .q_len = p.shape.q_len,
       .kv_len = p.shape.kv_len,
       .q_heads = p.shape.q_heads,
@@ -300,9 +298,17 @@ inline reference::result expected(const attention_problem& p, mask_function sele
       .v = p.v_is_k ? p.k.strided() : p.v.strided(),
       .scale = p.scale ? double{*p.scale} : 1 / std::sqrt(static_cast<double>(kv.k.dim)),
       .soft_cap = double{p.soft_cap},
-      .sink_logits = sinks.empty() ? nullptr : sinks.data(),
       .selected = std::move(selected),
-  });
+  };
+}
+
+inline reference::result expected(const attention_problem& p, mask_function selected) {
+  // A sink of +infinity takes all the weight, which the oracle's arithmetic cannot express.
+  std::vector<float> sinks = p.sink_logits;
+  std::replace(sinks.begin(), sinks.end(), infinity, -infinity);
+  reference::problem problem = problem_of(p, std::move(selected));
+  if (!sinks.empty()) problem.sink_logits = sinks.data();
+  reference::result r = reference::attention(problem);
   for (index_t pair = 0; pair < std::ssize(r.lse) && !sinks.empty(); ++pair) {
     if (p.sink_logits[at(pair % p.shape.q_heads)] != infinity) continue;
     std::fill_n(r.out.begin() + pair * p.v_dim, p.v_dim, 0.0);

@@ -30,9 +30,11 @@ struct encoded_rows {
   index_t dim;
   std::vector<std::byte> bytes = {};
   std::vector<float> scales = {};  // for i8
+  bool full_scales;  // i8 down to -128 with scales of all bits: what rows stand for is rounded
 
-  encoded_rows(owned_tensor& x, sattn::dtype to)
-      : type(to), tokens(x.view().tokens), heads(x.view().heads), dim(x.view().dim) {
+  encoded_rows(owned_tensor& x, sattn::dtype to, bool of_all_bits = false)
+      : type(to), tokens(x.view().tokens), heads(x.view().heads), dim(x.view().dim),
+        full_scales(of_all_bits) {
     for (index_t t = 0; t < tokens; ++t) {
       for (index_t h = 0; h < heads; ++h) encode(x.row(t, h));
     }
@@ -48,14 +50,19 @@ struct encoded_rows {
     const auto* const from = reinterpret_cast<const std::byte*>(&value);
     bytes.insert(bytes.end(), from, from + sizeof(T));
   }
-  // A scale of few bits, so that its products with int8 are exact.
-  static float scale_of(const float* x, index_t count) {
+  static float largest(const float* x, index_t count) {
     float top = 0;
     for (index_t i = 0; i < count; ++i) top = std::max(top, std::fabs(x[i]));
-    return sattn::to_float(sattn::to_f16(top / 126 + 1e-3f));
+    return top;
   }
-  static std::int8_t quantise(float& x, float scale) {
-    const auto q = static_cast<std::int8_t>(std::clamp(std::round(x / scale), -127.0f, 127.0f));
+  // A scale of few bits, so that its products with int8 are exact.
+  static float scale_of(const float* x, index_t count) {
+    return sattn::to_float(sattn::to_f16(largest(x, count) / 126 + 1e-3f));
+  }
+  // The largest is half a step beyond 127 or -128.
+  static float full_scale_of(const float* x, index_t count) { return largest(x, count) / 127.5f; }
+  static std::int8_t quantise(float& x, float scale, float least = -127.0f) {
+    const auto q = static_cast<std::int8_t>(std::clamp(std::round(x / scale), least, 127.0f));
     x = static_cast<float>(q) * scale;
     return q;
   }
@@ -77,8 +84,10 @@ struct encoded_rows {
         }
         break;
       case sattn::dtype::i8:
-        scales.push_back(scale_of(row, dim));
-        for (index_t i = 0; i < dim; ++i) put(quantise(row[i], scales.back()));
+        scales.push_back(full_scales ? full_scale_of(row, dim) : scale_of(row, dim));
+        for (index_t i = 0; i < dim; ++i) {
+          put(quantise(row[i], scales.back(), full_scales ? -128.0f : -127.0f));
+        }
         break;
       case sattn::dtype::q8_0:
         for (index_t i = 0; i < dim; i += 32) {
