@@ -106,6 +106,10 @@ TEST(page_bounds, hold_every_key_to_the_last_bit) {
   expect_exact_bounds(dtype::f16);
 }
 
+TEST(page_bounds, of_int8_hold_every_key_to_the_last_bit) {
+  expect_exact_bounds(dtype::i8);
+}
+
 // Pages of one token: their bounds are the scores, and what they choose the best keys.
 TEST(page_bounds, of_single_keys_choose_what_their_scores_choose) {
   const seed_trace trace;
