@@ -11,6 +11,7 @@
 #include <sattn/kv/paged_cache.hpp>
 #include <vector>
 
+#include "method/cases.hpp"
 #include "method/formulas.hpp"
 #include "support/errors.hpp"
 #include "support/problem.hpp"
@@ -22,15 +23,6 @@ using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 using formulas::choice;
 using formulas::numbers;
-
-attention_problem prompt(random_source& random, index_t len, index_t q_heads = 4,
-                         index_t kv_heads = 2) {
-  attention_problem p(random, {.q_len = len, .kv_len = len, .q_heads = q_heads,
-                               .kv_heads = kv_heads, .head_dim = 16, .v_dim = 8});
-  p.q.fill_normal(random, 1.5);
-  return p;
-}
-method_inputs inputs(const attention_problem& p) { return {p.shape, p.q.view(), p.k.view()}; }
 
 // pool1d(kernel, stride 1, padding kernel / 2): an average divides by the kernel, zeros behind the
 // ends; a maximum ignores them.

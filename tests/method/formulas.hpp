@@ -32,6 +32,9 @@ struct choice {
   double gap = infinite;
 };
 
+/// m roundings of f32 in a row, relative to the magnitude of what is computed.
+inline double rounding_of(double m) { return m * 0x1p-24 / (1 - m * 0x1p-24); }
+
 inline double dot(const float* a, const float* b, index_t dim) {
   double sum = 0;
   for (index_t i = 0; i < dim; ++i) sum += double{a[i]} * double{b[i]};
@@ -57,6 +60,26 @@ inline numbers probabilities(const attention_problem& p, index_t head, index_t r
   return result;
 }
 
+/// How far probabilities in f32, or sums of so many of them, may be off, relative to themselves:
+/// the derivation of reference.cpp for the largest logit that these rows can have.
+inline double probability_error(const attention_problem& p, index_t terms = 1) {
+  const auto longest = [](const test_support::owned_tensor& x) {
+    double most = 0;
+    for (index_t t = 0; t < x.view().tokens; ++t) {
+      for (index_t h = 0; h < x.view().heads; ++h) {
+        most = std::max(most, std::sqrt(dot(x.row(t, h), x.row(t, h), x.view().dim)));
+      }
+    }
+    return most;
+  };
+  const auto dim = static_cast<double>(p.q.view().dim), keys = static_cast<double>(p.shape.kv_len);
+  const double logit = longest(p.q) * longest(p.k) / std::sqrt(dim);
+  const double rescales = std::ceil(keys / 16);
+  const double exponent = rounding_of(dim + 4) * logit + rounding_of(3) * 2 * logit +
+                          rounding_of(4 + 5 * rescales);
+  return std::expm1(2 * exponent) + rounding_of(keys + rescales + 6 + static_cast<double>(terms));
+}
+
 /// Column sums and sums by distance of the last rows.
 inline std::pair<numbers, numbers> last_rows(const attention_problem& p, index_t head,
                                              index_t rows) {
@@ -72,8 +95,9 @@ inline std::pair<numbers, numbers> last_rows(const attention_problem& p, index_t
   return {columns, distances};
 }
 
-/// The k largest; of equal ones the first. -inf is never chosen.
-inline choice largest(const numbers& scores, index_t k) {
+/// The k largest; of equal ones the first. -inf is never chosen. The gap is what is left of it
+/// when scores are off by `error` of themselves.
+inline choice largest(const numbers& scores, index_t k, double error = 0) {
   std::vector<std::pair<double, index_t>> order;
   for (index_t i = 0; i < std::ssize(scores); ++i) {
     if (scores[at(i)] != -infinite) order.emplace_back(-scores[at(i)], i);
@@ -83,7 +107,37 @@ inline choice largest(const numbers& scores, index_t k) {
   k = std::clamp<index_t>(k, 0, std::ssize(order));
   for (index_t i = 0; i < k; ++i) result.chosen.insert(order[at(i)].second);
   if (k > 0 && k < std::ssize(order) && order[at(k)].first != -infinite) {
-    result.gap = order[at(k)].first - order[at(k - 1)].first;
+    const double chosen = order[at(k - 1)].first, left = order[at(k)].first;
+    result.gap = left - chosen;
+    if (error > 0 && chosen != -infinite) result.gap += error * (left + chosen);
+  }
+  return result;
+}
+
+/// The fewest of the largest that reach a share of the sum; 0 is never chosen. `error` as above.
+inline choice covering(const numbers& scores, double share, double error = 0) {
+  std::vector<std::pair<double, index_t>> order;
+  double all = 0;
+  for (index_t i = 0; i < std::ssize(scores); ++i) {
+    all += scores[at(i)];
+    if (scores[at(i)] != 0) order.emplace_back(-scores[at(i)], i);
+  }
+  std::sort(order.begin(), order.end());
+  choice result;
+  double mass = 0;
+  double last = -infinite;
+  for (const auto& [negative, i] : order) {
+    if (share < 1 && mass >= share * all) {
+      result.gap = std::min(result.gap, negative - last + error * (negative + last));
+      break;
+    }
+    mass -= negative;
+    last = negative;
+    if (share < 1) {
+      result.gap =
+          std::min(result.gap, std::abs(mass - share * all) - error * (mass + share * all));
+    }
+    result.chosen.insert(i);
   }
   return result;
 }
@@ -102,6 +156,33 @@ inline std::pair<index_t, double> cover(numbers scores, double share) {
     sum += scores[at(k++)];
   }
   return {k, std::min(gap, sum - share * all)};
+}
+
+/// A score and how far one in f32 may be from it.
+struct bounded {
+  double value = 0;
+  double error = 0;
+};
+
+/// sum_c max(q[c] min_j[c], q[c] max_j[c]) over the keys of a page that exist.
+inline bounded page_bound(const attention_problem& p, index_t head, index_t row, index_t page,
+                          index_t page_size) {
+  bounded sum;
+  const index_t dim = p.q.view().dim;
+  for (index_t c = 0; c < dim; ++c) {
+    double low = infinite, high = -infinite;
+    for (index_t t = page * page_size; t < std::min(p.shape.kv_len, (page + 1) * page_size); ++t) {
+      const double x = p.k.row(t, head / p.shape.group_size())[c];
+      low = std::min(low, x);
+      high = std::max(high, x);
+    }
+    const double q = p.q.row(row, head)[c];
+    sum.value += std::max(q * low, q * high);
+    // Queries of one sign and of the other are summed apart, over a group first.
+    sum.error += rounding_of(static_cast<double>(2 * dim + p.shape.group_size())) * std::abs(q) *
+                 std::max(std::abs(low), std::abs(high));
+  }
+  return sum;
 }
 
 /// Mean query and key of a block, and their product.

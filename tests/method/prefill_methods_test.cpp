@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "method/cases.hpp"
 #include "method/formulas.hpp"
 #include "support/errors.hpp"
 #include "support/plans.hpp"
@@ -28,20 +29,6 @@ using formulas::units;
 
 // What float scores may be off by, of sums of up to 512 probabilities or of mean products.
 constexpr double rounding_gap = 1e-4;
-
-attention_problem prefill_problem(random_source& random, index_t len, index_t q_heads = 2,
-                                  index_t kv_heads = 1, double deviation = 1.5) {
-  attention_problem p(random, {.q_len = len, .kv_len = len, .q_heads = q_heads,
-                               .kv_heads = kv_heads, .head_dim = 16, .v_dim = 8});
-  p.q.fill_normal(random, deviation);
-  return p;
-}
-
-template <attention_method M>
-attention_plan plan_of_method(context& ctx, const attention_problem& p, const M& method,
-                              const plan_options& options = {}) {
-  return plan_prefill(ctx, p.q.view(), p.kv(), method, {.plan = options}).plan;
-}
 
 // ---- vertical-slash -----------------------------------------------------------------------------
 
@@ -86,13 +73,13 @@ TEST(vertical_slash_method, chooses_by_the_formula) {
   all_contexts contexts;
   int clear = 0;
   for (int round = 0; round < 12; ++round) {
-    const attention_problem p = prefill_problem(random, random.integer(120, 400));
+    const attention_problem p = prompt(random, random.integer(120, 400), 2, 1);
     context& ctx = contexts.any();
     const auto vertical = static_cast<token_t>(random.integer(35, 60));
     const auto slash = static_cast<token_t>(random.integer(105, 118));
-    expect_slashes(p, plan_of_method(ctx, p, sf_vertical_slash(vertical, slash, 96)), clear,
+    expect_slashes(p, prefill_plan(ctx, p, sf_vertical_slash(vertical, slash, 96)), clear,
                    [&](index_t h) { return slash_formula(p, h, 96, vertical, slash, 4, 64); });
-    expect_slashes(p, plan_of_method(ctx, p, minference(vertical, slash)), clear,
+    expect_slashes(p, prefill_plan(ctx, p, minference(vertical, slash)), clear,
                    [&](index_t h) { return slash_formula(p, h, 64, vertical, slash, 30, 100); });
   }
   EXPECT_GT(clear, 4);
@@ -105,14 +92,14 @@ TEST(sf_flexprefill, chooses_by_the_formula) {
   all_contexts contexts;
   int clear = 0;
   for (int round = 0; round < 40; ++round) {
-    const attention_problem p = prefill_problem(random, random.integer(150, 300), 1);
+    const attention_problem p = prompt(random, random.integer(150, 300), 1, 1);
     const double alpha = random.pick({0.3, 0.65, 0.9});
     const index_t least = random.pick<index_t>({1, 70});
     auto [columns, distances] = formulas::last_rows(p, 0, 80);
     const std::pair<index_t, double> vertical = formulas::cover(columns, alpha);
     const std::pair<index_t, double> slash = formulas::cover(distances, alpha);
     if (std::min(vertical.second, slash.second) < 1e-3) continue;
-    expect_slashes(p, plan_of_method(contexts.any(), p, sf_flexprefill(alpha, 80, token_t(least))),
+    expect_slashes(p, prefill_plan(contexts.any(), p, sf_flexprefill(alpha, 80, token_t(least))),
                    clear, [&](index_t h) {
                      // All protected ones are kept, also where the size is smaller.
                      return slash_formula(p, h, 80, std::max<index_t>({vertical.first, least, 4}),
@@ -126,15 +113,15 @@ TEST(minference_heads, choose_as_each_setting_says) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p = prefill_problem(random, 300, 2, 1);
+  const attention_problem p = prompt(random, 300, 2, 1);
   using kind = minference_head::kind;
   const minference_heads method{{{kind::vertical_slash, 40, 110}, {kind::streaming, 5, 33}}};
-  const attention_plan both = plan_of_method(contexts.any(), p, method);
-  const auto first = expand(plan_of_method(contexts.any(), p, minference(40, 110)), 0);
+  const attention_plan both = prefill_plan(contexts.any(), p, method);
+  const auto first = expand(prefill_plan(contexts.any(), p, minference(40, 110)), 0);
   EXPECT_EQ(expand(both, 0), first);
-  EXPECT_EQ(expand(both, 1), expand(plan_of_method(contexts.any(), p, a_shape{5, 33}), 1));
+  EXPECT_EQ(expand(both, 1), expand(prefill_plan(contexts.any(), p, a_shape{5, 33}), 1));
   EXPECT_NE(error_of([&] {
-              plan_of_method(contexts.any(), p, minference_heads{{method.heads[0]}});
+              prefill_plan(contexts.any(), p, minference_heads{{method.heads[0]}});
             }), "");
 }
 
@@ -159,27 +146,22 @@ TEST(block_sparse_method, chooses_by_the_formula) {
   all_contexts contexts;
   for (const bool forced : {true, false}) {
     const index_t block = forced ? 16 : 64;
-    const attention_problem p = prefill_problem(random, 700, 2, 1);
+    const attention_problem p = prompt(random, 700, 2, 1);
     const index_t k = 5;
     const attention_plan plan =
-        forced ? plan_of_method(contexts.any(), p, sf_block_sparse(16, k))
-               : plan_of_method(contexts.any(), p, minference_block(k));
+        forced ? prefill_plan(contexts.any(), p, sf_block_sparse(16, k))
+               : prefill_plan(contexts.any(), p, minference_block(k));
     int clear = 0;
+    std::vector<std::vector<choice>> want(2);
     for (index_t h = 0; h < 2; ++h) {
-      const std::vector<std::uint8_t> mask = expand(plan, h);
       for (index_t i = 0; i * block < 700; ++i) {
-        const choice want = block_row(p, h, i, block, k, forced);
-        if (want.gap < rounding_gap) continue;
-        ++clear;
-        for (index_t row = i * block; row < std::min<index_t>(700, (i + 1) * block); ++row) {
-          for (index_t key = 0; key < 700; ++key) {
-            const bool seen = mask[at(row * 700 + key)] != 0;
-            ASSERT_EQ(seen, key <= row && want.chosen.contains(key / block)) << row << " " << key;
-          }
-        }
+        want[at(h)].push_back(block_row(p, h, i, block, k, forced));
       }
     }
-    EXPECT_GT(clear, 15);
+    EXPECT_TRUE(selects_choices(plan, block, rounding_gap, clear, [&](index_t head, index_t row) {
+      return want[at(head)][at(row / block)];
+    }));
+    EXPECT_GT(clear, 700);
   }
 }
 
@@ -193,7 +175,7 @@ TEST(xattention, chooses_by_the_formula) {
   for (int round = 0; round < 8; ++round) {
     const xattention m{.stride = 4, .threshold = random.pick({0.5, 0.8}), .block_size = 32};
     const index_t len = random.integer(250, 400);
-    const attention_problem p = prefill_problem(random, len, 1);
+    const attention_problem p = prompt(random, len, 1, 1);
     const index_t rows = (len + 3) / 4, dim = 16;
     const auto element = [&](const owned_tensor& x, index_t t, index_t d) {
       return t < len ? double{x.row(t, 0)[d]} : 0.0;
@@ -214,8 +196,8 @@ TEST(xattention, chooses_by_the_formula) {
       x = formulas::softmax(x);
       for (index_t b = 0; b <= a; ++b) mass[at(a / 8)][at(b / 8)] += x[at(b)];
     }
-    const attention_plan plan = plan_of_method(contexts.any(), p, m);
-    const auto mask = expand(plan, 0);
+    const attention_plan plan = prefill_plan(contexts.any(), p, m);
+    std::vector<choice> want;
     for (index_t i = 0; i < blocks; ++i) {
       double total = 0, gap = formulas::infinite;
       for (const double x : mass[at(i)]) total += x;
@@ -231,17 +213,13 @@ TEST(xattention, chooses_by_the_formula) {
         gap = std::min(gap, std::abs(have - m.threshold * total));
         chosen.insert(j);
       }
-      if (gap < 1e-3) continue;
-      ++clear;
-      for (index_t row = i * 32; row < std::min(len, i * 32 + 32); ++row) {
-        for (index_t key = 0; key < len; ++key) {
-          ASSERT_EQ(mask[at(row * len + key)] != 0, key <= row && chosen.contains(key / 32))
-              << row << " " << key;
-        }
-      }
+      want.push_back({chosen, gap});
     }
+    EXPECT_TRUE(selects_choices(plan, 32, 1e-3, clear, [&](index_t, index_t row) {
+      return want[at(row / 32)];
+    }));
   }
-  EXPECT_GT(clear, 40);
+  EXPECT_GT(clear, 40 * 32);
 }
 
 // ---- FlexPrefill --------------------------------------------------------------------------------
@@ -318,7 +296,7 @@ TEST(flexprefill, chooses_by_the_formula) {
   int clear = 0, aware = 0, slashes = 0;
   for (int round = 0; round < 60; ++round) {
     const attention_problem p =
-        prefill_problem(random, 32 * random.integer(6, 14), 1, 1, random.pick({0.3, 1.5}));
+        prompt(random, 32 * random.integer(6, 14), 1, 1, random.pick({0.3, 1.5}));
     flexprefill m{.coverage = random.pick({0.5, 0.8}), .min_budget = 64, .block_size = 32};
     m.divergence_limit = random.pick({0.05, 0.3});
     bool query_aware = false;
@@ -327,7 +305,7 @@ TEST(flexprefill, chooses_by_the_formula) {
     ++clear;
     ++(query_aware ? aware : slashes);
     const index_t n = p.shape.q_len / 32;
-    EXPECT_TRUE(selects(plan_of_method(contexts.any(), p, m),
+    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, m),
                         [&](index_t, index_t row, index_t key) {
                           return want.chosen.contains(row / 32 * n + key / 32);
                         }))
@@ -341,12 +319,12 @@ TEST(flexprefill, chooses_by_the_formula) {
 TEST(flexprefill, short_prompts_run_dense) {
   random_source random(1);
   all_contexts contexts;
-  const attention_problem p = prefill_problem(random, 256);
-  EXPECT_EQ(plan_of_method(contexts.any(), p, flexprefill{}).stats().density_selected(), 1.0);
+  const attention_problem p = prompt(random, 256, 2, 1);
+  EXPECT_EQ(prefill_plan(contexts.any(), p, flexprefill{}).stats().density_selected(), 1.0);
   const flexprefill m{.coverage = 0.1, .min_budget = 1};
-  EXPECT_EQ(plan_of_method(contexts.any(), p, m).stats().density_selected(), 1.0);
-  const attention_problem longer = prefill_problem(random, 500);
-  EXPECT_LT(plan_of_method(contexts.any(), longer, m).stats().density_selected(), 1.0);
+  EXPECT_EQ(prefill_plan(contexts.any(), p, m).stats().density_selected(), 1.0);
+  const attention_problem longer = prompt(random, 500, 2, 1);
+  EXPECT_LT(prefill_plan(contexts.any(), longer, m).stats().density_selected(), 1.0);
 }
 
 TEST(jensen_shannon_distance, is_0_for_equal_and_largest_for_disjoint_distributions) {
@@ -364,13 +342,13 @@ TEST(tri_shape, is_the_a_shape_and_its_last_rows_are_dense) {
   random_source random(1);
   all_contexts contexts;
   for (const index_t len : {1, 50, 99, 100, 101, 300, 1000}) {
-    const attention_problem p = prefill_problem(random, len, 2, 1);
-    EXPECT_TRUE(selects(plan_of_method(contexts.any(), p, tri_shape{8, 40}),
+    const attention_problem p = prompt(random, len, 2, 1);
+    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, tri_shape{8, 40}),
                         [&](index_t, index_t row, index_t key) {
                           return key < 8 || row - key < 40 || row >= len - 100;
                         }))
         << len;
-    EXPECT_TRUE(selects(plan_of_method(contexts.any(), p, a_shape{8, 40}),
+    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, a_shape{8, 40}),
                         [&](index_t, index_t row, index_t key) {
                           return key < 8 || row - key < 40;
                         }))
@@ -389,7 +367,7 @@ struct named_method {
 template <attention_method M>
 named_method named(std::string name, const M& method, bool estimates = true) {
   return {std::move(name), [=](context& ctx, const attention_problem& p) {
-            return plan_of_method(ctx, p, method);
+            return prefill_plan(ctx, p, method);
           }, estimates};
 }
 
@@ -428,7 +406,7 @@ TEST(prefill_methods, run_dense_where_the_budget_is_beyond_the_length) {
   all_contexts contexts;
   context& ctx = contexts.any();
   for (const index_t len : {1, 2, 63, 64, 65, 1000}) {
-    const attention_problem p = prefill_problem(random, len, 4, 2);
+    const attention_problem p = prompt(random, len, 4, 2);
     const attention_result dense_result = run(ctx, plan_prefill(ctx, p.shape, dense{}), p);
     for (const named_method& m : large_methods()) {
       const attention_plan plan = m.plan(ctx, p);
@@ -443,7 +421,7 @@ TEST(prefill_methods, select_within_the_causal_mask_what_attend_then_attends_to)
   random_source random;
   all_contexts contexts;
   for (const index_t len : {1, 2, 63, 64, 65, 1000}) {
-    const attention_problem p = prefill_problem(random, len, 2, 1);
+    const attention_problem p = prompt(random, len, 2, 1);
     for (const named_method& m : small_methods()) {
       SCOPED_TRACE(m.name + ", " + std::to_string(len));
       const attention_plan plan = m.plan(contexts.any(), p);
@@ -476,7 +454,7 @@ TEST(prefill_methods, choose_for_a_row_by_what_came_before_its_block_ended) {
   random_source random;
   all_contexts contexts;
   context& ctx = contexts.any();
-  attention_problem p = prefill_problem(random, 320, 2, 1);
+  attention_problem p = prompt(random, 320, 2, 1);
   attention_problem changed = p;
   for (index_t t = 192; t < 320; ++t) {
     changed.k.fill_row(t, 0, 7.0f);
@@ -501,12 +479,12 @@ TEST(prefill_methods, choose_the_same_on_any_threads) {
   const seed_trace trace;
   random_source random;
   thread_contexts contexts;
-  const attention_problem p = prefill_problem(random, 500, 4, 2);
+  const attention_problem p = prompt(random, 500, 4, 2);
   for (const named_method& m : small_methods()) {
     const attention_plan want = m.plan(contexts.serial(), p);
     for (context& ctx : contexts) {
       const attention_plan got = m.plan(ctx, p);
-      for (index_t h = 0; h < 4; ++h) EXPECT_EQ(expand(got, h), expand(want, h)) << m.name;
+      EXPECT_EQ(masks_of(got), masks_of(want)) << m.name;
     }
   }
 }
@@ -524,7 +502,7 @@ TEST(prefill_methods, of_a_chunk_look_at_the_chunk) {
     const slash_sets want = slash_formula(p, 0, 64, 40, 120, 30, 100);
     if (!want.clear()) continue;
     ++clear;
-    EXPECT_TRUE(selects(plan_of_method(ctx, p, minference(40, 120)),
+    EXPECT_TRUE(selects(prefill_plan(ctx, p, minference(40, 120)),
                         [&](index_t, index_t row, index_t key) {
                           return want.holds(key, 300 + row - key);
                         }));
@@ -554,11 +532,11 @@ TEST(prefill_methods, budgets_are_monotone) {
   random_source random;
   all_contexts contexts;
   context& ctx = contexts.any();
-  const attention_problem p = prefill_problem(random, 400, 2, 1);
+  const attention_problem p = prompt(random, 400, 2, 1);
   const auto grows = [&](const auto& method_at) {
     std::vector<std::uint8_t> before(at(400 * 400), 0);
     for (int step = 1; step <= 8; ++step) {
-      const std::vector<std::uint8_t> mask = expand(plan_of_method(ctx, p, method_at(step)), 1);
+      const std::vector<std::uint8_t> mask = expand(prefill_plan(ctx, p, method_at(step)), 1);
       for (std::size_t i = 0; i < mask.size(); ++i) ASSERT_GE(mask[i], before[i]);
       before = mask;
     }
@@ -584,7 +562,7 @@ TEST(scored_blocks, choose_by_the_scores_given) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p = prefill_problem(random, 200, 4, 2);
+  const attention_problem p = prompt(random, 200, 4, 2);
   score_tensor scores(2, 4, 4, 0.0f);
   for (float& s : scores.values) s = static_cast<float>(random.normal());
   for (index_t set = 0; set < 2; ++set) {
@@ -592,7 +570,7 @@ TEST(scored_blocks, choose_by_the_scores_given) {
       for (std::size_t j = i + 1; j < 4; ++j) scores.row(set, index_t(i))[j] = -infinity;
     }
   }
-  const attention_plan plan = plan_of_method(
+  const attention_plan plan = prefill_plan(
       contexts.any(), p, scored_blocks{scores, {budget::threshold(0.3), {.diagonal = true}}});
   EXPECT_TRUE(selects(plan, [&](index_t head, index_t row, index_t key) {
     return row / 64 == key / 64 || scores.row(head / 2, row / 64)[at(key / 64)] > 0.3f;
@@ -603,7 +581,7 @@ TEST(scored_tokens, choose_by_the_scores_given) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p = prefill_problem(random, 90, 2, 1);
+  const attention_problem p = prompt(random, 90, 2, 1);
   score_tensor scores(1, 90, 90, -infinity);
   // As a sum of rectified products: many zeros, so that ties decide.
   for (index_t row = 0; row < 90; ++row) {
@@ -612,7 +590,7 @@ TEST(scored_tokens, choose_by_the_scores_given) {
     }
   }
   const attention_plan plan =
-      plan_of_method(contexts.any(), p, scored_tokens{scores, {budget::fixed(20)}});
+      prefill_plan(contexts.any(), p, scored_tokens{scores, {budget::fixed(20)}});
   EXPECT_TRUE(selects(plan, [&](index_t, index_t row, index_t key) {
     index_t better = 0;
     for (index_t other = 0; other <= row; ++other) {
@@ -623,7 +601,7 @@ TEST(scored_tokens, choose_by_the_scores_given) {
   }));
   const score_tensor wrong(1, 90, 80, 0.0f);
   EXPECT_NE(error_of([&] {
-              plan_of_method(contexts.any(), p, scored_tokens{wrong, {budget::fixed(1)}});
+              prefill_plan(contexts.any(), p, scored_tokens{wrong, {budget::fixed(1)}});
             }), "");
 }
 
