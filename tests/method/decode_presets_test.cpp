@@ -45,10 +45,12 @@ struct decode_step {
   double share(index_t budget) const {
     return std::min(1.0, static_cast<double>(budget) / static_cast<double>(len()));
   }
-  /// As many keys of the first ones as a budget has, evenly spread, for each kv head.
+  /// Keys that were there when some were kept.
+  index_t known() const { return len() - len() / 4; }
+  /// As many of them as a budget has or all, evenly spread, for each kv head.
   keep_lists spread(index_t budget) const {
     keep_lists kept(2);
-    for (index_t key = 0; key < len(); key += std::max<index_t>(1, len() / budget)) {
+    for (index_t key = 0; key < known(); key += std::max<index_t>(1, known() / budget)) {
       for (std::vector<token_t>& list : kept) list.push_back(static_cast<token_t>(key));
     }
     return kept;
@@ -166,7 +168,7 @@ attention_plan reused_plan(context& ctx, const decode_step& step, index_t budget
 
 quest_method within_spread(const decode_step& step, index_t budget) {
   quest_method method = sf_quest(budget, page);
-  method.within = pages_of(step.spread(budget), page, step.len());
+  method.within = pages_of(step.spread(budget), page, step.known());
   return method;
 }
 
@@ -187,8 +189,9 @@ std::vector<decode_preset> presets() {
        [](const asked& a) {
          const keep_lists kept = a.step.spread(a.budget);
          return pages_by_bound(a, a.budget / page, true, [&](index_t j) {
-           return std::any_of(kept[0].begin(), kept[0].end(),
-                              [&](token_t key) { return key / page == j; });
+           const auto on_page = [&](token_t key) { return key / page == j; };
+           return j >= a.step.known() / page ||
+                  std::any_of(kept[0].begin(), kept[0].end(), on_page);
          });
        }},
       {"top_k", plan_by([](const s&, index_t b) { return top_k(b); }),

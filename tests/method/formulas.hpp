@@ -60,9 +60,9 @@ inline numbers probabilities(const attention_problem& p, index_t head, index_t r
   return result;
 }
 
-/// How far probabilities in f32, or sums of so many of them, may be off, relative to themselves:
-/// the derivation of reference.cpp for the largest logit that these rows can have.
-inline double probability_error(const attention_problem& p, index_t terms = 1) {
+/// How far logits in f32 may be off, by the largest that these rows can have, |q| |k| / sqrt(dim):
+/// of single rows and keys, or of the means of blocks of them.
+inline double logit_error(const attention_problem& p, index_t block = 1) {
   const auto longest = [](const test_support::owned_tensor& x) {
     double most = 0;
     for (index_t t = 0; t < x.view().tokens; ++t) {
@@ -72,12 +72,19 @@ inline double probability_error(const attention_problem& p, index_t terms = 1) {
     }
     return most;
   };
-  const auto dim = static_cast<double>(p.q.view().dim), keys = static_cast<double>(p.shape.kv_len);
-  const double logit = longest(p.q) * longest(p.k) / std::sqrt(dim);
+  const auto dim = static_cast<double>(p.q.view().dim);
+  const double means = block == 1 ? 0 : 2 * static_cast<double>(block + 2);
+  // 6 for the exponent, whose argument is a difference of two.
+  return rounding_of(dim + 4 + means + 6) * longest(p.q) * longest(p.k) / std::sqrt(dim);
+}
+
+/// How far probabilities in f32, or sums of so many of them, may be off, relative to themselves, by
+/// the derivation in reference.cpp.
+inline double probability_error(const attention_problem& p, index_t terms = 1, index_t block = 1) {
+  const auto keys = static_cast<double>(p.shape.kv_len);
   const double rescales = std::ceil(keys / 16);
-  const double exponent = rounding_of(dim + 4) * logit + rounding_of(3) * 2 * logit +
-                          rounding_of(4 + 5 * rescales);
-  return std::expm1(2 * exponent) + rounding_of(keys + rescales + 6 + static_cast<double>(terms));
+  return std::expm1(2 * (logit_error(p, block) + rounding_of(4 + 5 * rescales))) +
+         rounding_of(keys + rescales + 6 + static_cast<double>(terms));
 }
 
 /// Column sums and sums by distance of the last rows.
@@ -144,18 +151,19 @@ inline choice covering(const numbers& scores, double share, double error = 0) {
 
 /// FlexPrefill's cover: the smallest k whose k largest exceed a share of the sum; and how far it is
 /// from another k.
-inline std::pair<index_t, double> cover(numbers scores, double share) {
+inline std::pair<index_t, double> cover(numbers scores, double share, double error) {
   std::sort(scores.rbegin(), scores.rend());
   double all = 0;
   for (const double x : scores) all += x;
+  const double target = share * all;
   double sum = 0;
   double gap = infinite;
   index_t k = 0;
-  while (k < std::ssize(scores) && sum <= share * all) {
-    gap = std::min(gap, share * all - sum);
+  while (k < std::ssize(scores) && sum <= target) {
+    gap = std::min(gap, target - sum - error * (target + sum));
     sum += scores[at(k++)];
   }
-  return {k, std::min(gap, sum - share * all)};
+  return {k, std::min(gap, sum - target - error * (target + sum))};
 }
 
 /// A score and how far one in f32 may be from it.

@@ -36,7 +36,7 @@ struct slash_sets {
   choice columns;
   choice distances;
 
-  bool clear() const { return columns.gap > rounding_gap && distances.gap > rounding_gap; }
+  bool clear() const { return columns.gap > 0 && distances.gap > 0; }
   bool holds(index_t key, index_t distance) const {
     return columns.chosen.contains(key) || distances.chosen.contains(distance);
   }
@@ -48,7 +48,8 @@ slash_sets slash_formula(const attention_problem& p, index_t head, index_t last,
   auto [columns, distances] = formulas::last_rows(p, head, last);
   for (index_t i = 0; i < std::min(sinks, p.shape.kv_len); ++i) columns[at(i)] = infinity;
   for (index_t i = 0; i < std::min(local, p.shape.kv_len); ++i) distances[at(i)] = infinity;
-  return {formulas::largest(columns, vertical), formulas::largest(distances, slash)};
+  const double error = formulas::probability_error(p, last);
+  return {formulas::largest(columns, vertical, error), formulas::largest(distances, slash, error)};
 }
 
 template <class Formula>
@@ -85,28 +86,39 @@ TEST(vertical_slash_method, chooses_by_the_formula) {
   EXPECT_GT(clear, 4);
 }
 
-// Sizes by cover(), then the forced ones take places.
+// Sizes by cover() for each head, then the forced ones take places; at any length, also one that is
+// shorter than the rows that are looked at.
 TEST(sf_flexprefill, chooses_by_the_formula) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
   int clear = 0;
-  for (int round = 0; round < 40; ++round) {
-    const attention_problem p = prompt(random, random.integer(150, 300), 1, 1);
+  for (int round = 0; round < 60; ++round) {
+    const index_t len =
+        round < 6 ? 1000 : random.pick<index_t>({65, 200, random.integer(150, 300)});
+    const index_t last = random.pick<index_t>({64, 80, 128});
+    const attention_problem p = prompt(random, len, 2, 1);
     const double alpha = random.pick({0.3, 0.65, 0.9});
     const index_t least = random.pick<index_t>({1, 70});
-    auto [columns, distances] = formulas::last_rows(p, 0, 80);
-    const std::pair<index_t, double> vertical = formulas::cover(columns, alpha);
-    const std::pair<index_t, double> slash = formulas::cover(distances, alpha);
-    if (std::min(vertical.second, slash.second) < 1e-3) continue;
-    expect_slashes(p, prefill_plan(contexts.any(), p, sf_flexprefill(alpha, 80, token_t(least))),
+    const double error = formulas::probability_error(p, last);
+    double gap = formulas::infinite;
+    const auto size = [&](const numbers& x, index_t forced) {
+      const std::pair<index_t, double> covering = formulas::cover(x, alpha, error);
+      gap = std::min(gap, covering.second);
+      // All protected ones are kept, also where the size is smaller.
+      return std::max({covering.first, least, forced});
+    };
+    expect_slashes(p, prefill_plan(contexts.any(), p,
+                                   sf_flexprefill(alpha, token_t(last), token_t(least))),
                    clear, [&](index_t h) {
-                     // All protected ones are kept, also where the size is smaller.
-                     return slash_formula(p, h, 80, std::max<index_t>({vertical.first, least, 4}),
-                                          std::max<index_t>({slash.first, least, 64}), 4, 64);
+                     const auto [columns, distances] = formulas::last_rows(p, h, last);
+                     slash_sets sets = slash_formula(p, h, last, size(columns, 4),
+                                                     size(distances, 64), 4, 64);
+                     sets.columns.gap = std::min(sets.columns.gap, gap);
+                     return sets;
                    });
   }
-  EXPECT_GT(clear, 5);
+  EXPECT_GT(clear, 30);
 }
 
 TEST(minference_heads, choose_as_each_setting_says) {
@@ -229,14 +241,17 @@ choice flexprefill_formula(const attention_problem& p, index_t head, const flexp
                            bool& query_aware) {
   const index_t block = m.block_size;
   const index_t n = (p.shape.q_len + block - 1) / block;
+  const double error = formulas::probability_error(p, block);
+  const double pooled_error = formulas::probability_error(p, 1, block);
   const auto [columns, distances] = formulas::last_rows(p, head, block);
-  const auto blocks_for = [&](const numbers& x, double& gap) {
-    const auto [count, distance] = formulas::cover(x, m.coverage);
-    gap = std::min(gap, distance);
-    const index_t least = (m.min_budget + block - 1) / block;
-    return std::max(least, count / block + 1);
-  };
+  const index_t least = (m.min_budget + block - 1) / block;
+  const index_t most = std::max(least, (index_t{m.max_budget} + block - 1) / block);
   choice result;
+  const auto blocks_for = [&](const numbers& x) {
+    const std::pair<index_t, double> covering = formulas::cover(x, m.coverage, error);
+    result.gap = std::min(result.gap, covering.second);
+    return std::clamp(covering.first / block + 1, least, most);
+  };
   const numbers vertical = formulas::blocks_of(columns, block);
   const numbers slash = formulas::blocks_of(distances, block);
   std::vector<numbers> rows;  // softmax of mean products, causal
@@ -245,21 +260,26 @@ choice flexprefill_formula(const attention_problem& p, index_t head, const flexp
     for (index_t j = 0; j <= i; ++j) row.push_back(formulas::pooled(p, head, i, j, block, block));
     rows.push_back(formulas::softmax(row));
   }
-  double divergence = 0;
   double all = 0;
   for (const double x : vertical) all += x;
+  double divergence = 0, slope = 0;  // what it moves by where all probabilities do
+  const auto add = [&](double x, double mean) {
+    if (x == 0) return;
+    divergence += x * std::log(x / mean) / 2;
+    slope += x * std::abs(std::log(x / mean)) / 2;
+  };
   for (index_t j = 0; j < n; ++j) {
     const double a = rows.back()[at(j)], b = vertical[at(j)] / all, mean = (a + b) / 2;
-    divergence += (a > 0 ? a * std::log(a / mean) : 0) / 2;
-    divergence += (b > 0 ? b * std::log(b / mean) : 0) / 2;
+    add(a, mean);
+    add(b, mean);
   }
-  query_aware = std::sqrt(divergence) < m.divergence_limit;
-  result.gap = std::abs(std::sqrt(divergence) - m.divergence_limit);
-  const index_t least = (m.min_budget + block - 1) / block;
+  const double limit = m.divergence_limit * m.divergence_limit;
+  query_aware = divergence < limit;
+  result.gap = std::abs(divergence - limit) - 4 * pooled_error * slope;
   numbers v = vertical, s = slash;
   v[0] = s[0] = formulas::infinite;
-  const choice wide = formulas::largest(v, query_aware ? least : blocks_for(columns, result.gap));
-  const choice deep = formulas::largest(s, query_aware ? least : blocks_for(distances, result.gap));
+  const choice wide = formulas::largest(v, query_aware ? least : blocks_for(columns), error);
+  const choice deep = formulas::largest(s, query_aware ? least : blocks_for(distances), error);
   result.gap = std::min({result.gap, wide.gap, deep.gap});
   for (index_t i = 0; i < n; ++i) {
     for (const index_t j : wide.chosen) {
@@ -270,50 +290,56 @@ choice flexprefill_formula(const attention_problem& p, index_t head, const flexp
     }
   }
   if (query_aware) {
-    std::vector<std::pair<double, index_t>> pool;
+    numbers pool(at(n * n), 0.0);
     for (index_t i = 0; i < n; ++i) {
-      for (index_t j = 0; j <= i; ++j) pool.emplace_back(-rows[at(i)][at(j)], i * n + j);
+      std::copy(rows[at(i)].begin(), rows[at(i)].end(), pool.begin() + i * n);
     }
-    std::sort(pool.begin(), pool.end());
-    double mass = 0;
-    const double target = m.coverage * static_cast<double>(n);
-    for (std::size_t i = 0; i < pool.size() && mass < target; ++i) {
-      mass -= pool[i].first;
-      result.gap = std::min(result.gap, std::abs(mass - target));
-      if (i + 1 < pool.size()) {
-        if (mass >= target) result.gap = std::min(result.gap, pool[i + 1].first - pool[i].first);
-      }
-      result.chosen.insert(pool[i].second);
-    }
+    const choice pairs = formulas::covering(pool, m.coverage, pooled_error);
+    result.gap = std::min(result.gap, pairs.gap);
+    result.chosen.insert(pairs.chosen.begin(), pairs.chosen.end());
   }
   return result;
 }
 
+// Lengths that blocks divide and others, each head by itself.
 TEST(flexprefill, chooses_by_the_formula) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  int clear = 0, aware = 0, slashes = 0;
-  for (int round = 0; round < 60; ++round) {
-    const attention_problem p =
-        prompt(random, 32 * random.integer(6, 14), 1, 1, random.pick({0.3, 1.5}));
-    flexprefill m{.coverage = random.pick({0.5, 0.8}), .min_budget = 64, .block_size = 32};
+  int clear = 0, aware = 0, both = 0;
+  for (int round = 0; round < 120; ++round) {
+    const index_t block = random.pick<index_t>({32, 64, 128});
+    const index_t len = round < 8 ? 1000
+                        : round < 16
+                            ? block * random.integer(3, 7)
+                            : random.pick<index_t>({65, 129, 200, 257, random.integer(150, 400)});
+    if (len <= 2 * block) continue;
+    attention_problem p = prompt(random, len, 2, 2, 0.3);
+    for (index_t t = 0; t < len; ++t) {  // the second head looks at fewer keys
+      for (index_t d = 0; d < 16; ++d) p.q.row(t, 1)[d] *= 5;
+    }
+    flexprefill m{.coverage = random.pick({0.5, 0.8}), .block_size = token_t(block)};
+    m.min_budget = token_t(random.pick<index_t>({1, block, 2 * block}));
+    m.max_budget = random.pick({3 * m.block_size, 100'000});
     m.divergence_limit = random.pick({0.05, 0.3});
-    bool query_aware = false;
-    const choice want = flexprefill_formula(p, 0, m, query_aware);
-    if (want.gap < 1e-5) continue;
+    bool query_aware[2] = {};
+    choice want[2];
+    for (index_t h = 0; h < 2; ++h) want[h] = flexprefill_formula(p, h, m, query_aware[h]);
+    if (std::min(want[0].gap, want[1].gap) < 0) continue;
     ++clear;
-    ++(query_aware ? aware : slashes);
-    const index_t n = p.shape.q_len / 32;
+    for (const bool head_is_aware : query_aware) aware += head_is_aware ? 1 : 0;
+    both += query_aware[0] != query_aware[1] ? 1 : 0;
+    const index_t n = (len + block - 1) / block;
     EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, m),
-                        [&](index_t, index_t row, index_t key) {
-                          return want.chosen.contains(row / 32 * n + key / 32);
+                        [&](index_t head, index_t row, index_t key) {
+                          return want[head].chosen.contains(row / block * n + key / block);
                         }))
-        << (query_aware ? "query-aware" : "vertical-slash");
+        << len << " in blocks of " << block << ", query-aware " << query_aware[0] << query_aware[1];
   }
-  EXPECT_GT(clear, 20);
-  EXPECT_GT(aware, 5);
-  EXPECT_GT(slashes, 5);
+  EXPECT_GT(clear, 30);
+  EXPECT_GT(aware, 10);
+  EXPECT_GT(2 * clear - aware, 10);
+  EXPECT_GT(both, 2);
 }
 
 TEST(flexprefill, short_prompts_run_dense) {
@@ -325,6 +351,14 @@ TEST(flexprefill, short_prompts_run_dense) {
   EXPECT_EQ(prefill_plan(contexts.any(), p, m).stats().density_selected(), 1.0);
   const attention_problem longer = prompt(random, 500, 2, 1);
   EXPECT_LT(prefill_plan(contexts.any(), longer, m).stats().density_selected(), 1.0);
+  // Up to two blocks or the least budget, in whole blocks.
+  for (const index_t len : {1, 65, 128, 129, 192, 400}) {
+    const attention_problem q = prompt(random, len, 1, 1);
+    flexprefill blocks{.coverage = 0.01, .divergence_limit = 0, .min_budget = 1, .block_size = 64};
+    EXPECT_EQ(prefill_plan(contexts.any(), q, blocks).stats().density_selected() == 1, len <= 128);
+    blocks.min_budget = 129;
+    EXPECT_EQ(prefill_plan(contexts.any(), q, blocks).stats().density_selected() == 1, len <= 192);
+  }
 }
 
 TEST(jensen_shannon_distance, is_0_for_equal_and_largest_for_disjoint_distributions) {
