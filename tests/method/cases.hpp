@@ -93,17 +93,17 @@ inline std::vector<std::vector<std::uint8_t>> masks_of(const sattn::attention_pl
 }
 
 /// Whether each row attends to exactly the keys, up to its position, of the units of `width` keys
-/// that `choice_of(head, row)` has chosen. Rows whose choice hung on less than `gap` may do
-/// otherwise; counts the others.
+/// that `choice_of(head, row)` has chosen, where rounding could not make it another; counts such
+/// rows.
 template <class F>
 ::testing::AssertionResult selects_choices(const sattn::attention_plan& plan, index_t width,
-                                           double gap, int& clear, F&& choice_of) {
+                                           int& clear, F&& choice_of) {
   const sattn::attention_shape& shape = plan.shape();
   for (index_t head = 0; head < shape.q_heads; ++head) {
     const std::vector<std::uint8_t> mask = expand(plan, head);
     for (index_t row = 0; row < shape.q_len; ++row) {
       const formulas::choice& want = choice_of(head, row);
-      if (want.gap < gap) continue;
+      if (want.gap < 0) continue;
       ++clear;
       for (index_t key = 0; key < shape.kv_len; ++key) {
         const bool wanted = key <= shape.q_offset + row && want.chosen.contains(key / width);

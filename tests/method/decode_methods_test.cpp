@@ -26,8 +26,6 @@ using namespace test_support;  // NOLINT(google-build-using-namespace)
 using formulas::choice;
 using formulas::numbers;
 
-constexpr double rounding_gap = 1e-4;
-
 // ---- Quest --------------------------------------------------------------------------------------
 
 TEST(quest, runs_dense_in_its_first_layers_and_where_the_budget_is_beyond_the_length) {
@@ -113,13 +111,14 @@ TEST(twilight, covers_the_mass_of_what_was_selected_first) {
             selects_first
                 ? decode_plan(contexts.any(), p, twilight(sf_quest(160), 0.6, keys), summaries)
                 : decode_plan(contexts.any(), p, twilight(0.6, keys));
-        EXPECT_TRUE(selects_choices(plan, 1, 1e-5, clear, [&](index_t head, index_t) {
+        const double error = formulas::probability_error(looked_at);
+        EXPECT_TRUE(selects_choices(plan, 1, clear, [&](index_t head, index_t) {
           numbers scores = formulas::probabilities(looked_at, head, 0);
           const auto candidates = expand(first, head);
           for (index_t key = 0; key < 500 && selects_first; ++key) {
             if (candidates[at(key)] == 0) scores[at(key)] = 0;
           }
-          return formulas::covering(scores, 0.6);
+          return formulas::covering(scores, 0.6, error);
         }));
       }
     }
@@ -137,6 +136,7 @@ TEST(twilight, joins_the_heads_of_a_group_where_asked) {
     const attention_problem p = decode_problem(random, 300, 1, 2 * group, 2);
     pruned<top_k_method> method{top_k(300), {budget::fixed(25)}, head_reduce::mean};
     const attention_plan plan = decode_plan(contexts.any(), p, method);
+    const double error = formulas::probability_error(p, group);
     std::vector<choice> of_set;
     for (index_t set = 0; set < 2; ++set) {
       numbers mean(300, 0.0);
@@ -144,9 +144,9 @@ TEST(twilight, joins_the_heads_of_a_group_where_asked) {
         const numbers of_head = formulas::probabilities(p, h, 0);
         for (std::size_t i = 0; i < 300; ++i) mean[i] += of_head[i];
       }
-      of_set.push_back(formulas::largest(mean, 25));
+      of_set.push_back(formulas::largest(mean, 25, error));
     }
-    EXPECT_TRUE(selects_choices(plan, 1, 1e-6, clear, [&](index_t head, index_t) {
+    EXPECT_TRUE(selects_choices(plan, 1, clear, [&](index_t head, index_t) {
       return of_set[at(head / group)];
     }));
     // Heads with lists of their own have no common candidates.
@@ -244,17 +244,21 @@ TEST(quest, chooses_within_what_was_preselected) {
     quest_method method = sf_quest(80);
     method.within = pages_of(kept, 16, known);
     const attention_plan plan = decode_plan(contexts.any(), p, method, summaries);
-    EXPECT_TRUE(selects_choices(plan, 16, rounding_gap, clear, [&](index_t head, index_t row) {
+    EXPECT_TRUE(selects_choices(plan, 16, clear, [&](index_t head, index_t row) {
       const index_t current = (len - rows + row) / 16;
       numbers scores(at(current), -formulas::infinite);
+      double error = 0;
       for (index_t j = 0; j < current; ++j) {
         bool inside = j >= known / 16;
         for (const token_t key : kept[at(head / 2)]) inside = inside || key / 16 == j;
         if (!inside) continue;
-        scores[at(j)] = formulas::page_bound(p, head / 2 * 2, row, j, 16).value +
-                        formulas::page_bound(p, head / 2 * 2 + 1, row, j, 16).value;
+        const formulas::bounded first = formulas::page_bound(p, head / 2 * 2, row, j, 16);
+        const formulas::bounded second = formulas::page_bound(p, head / 2 * 2 + 1, row, j, 16);
+        scores[at(j)] = first.value + second.value;
+        error = std::max(error, first.error + second.error);
       }
       choice want = formulas::largest(scores, 5);
+      want.gap -= 2 * error;
       want.chosen.insert(current);
       return want;
     }));

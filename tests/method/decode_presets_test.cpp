@@ -233,7 +233,7 @@ TEST(decode_presets, choose_by_their_formulas) {
       for (const index_t budget : {16, 48}) {
         const attention_plan plan = preset.plan(contexts.any(), step, budget);
         EXPECT_NO_THROW(attention_plan{plan.data()});
-        EXPECT_TRUE(selects_choices(plan, 1, 0, clear, [&](index_t head, index_t row) {
+        EXPECT_TRUE(selects_choices(plan, 1, clear, [&](index_t head, index_t row) {
           return preset.keys({step, head, row, budget});
         }));
         rows += static_cast<int>(4 * step.p.shape.q_len);

@@ -25,8 +25,8 @@ using units = std::set<index_t>;
 
 inline constexpr double infinite = std::numeric_limits<double>::infinity();
 
-/// What was chosen, and the smallest difference that decided it: choices by float scores must agree
-/// where it exceeds what rounding does to a score.
+/// What was chosen, and the smallest difference that decided it, less what rounding does to scores
+/// in f32: below 0 the choice by them may be another.
 struct choice {
   units chosen;
   double gap = infinite;
@@ -61,8 +61,8 @@ inline numbers probabilities(const attention_problem& p, index_t head, index_t r
 }
 
 /// How far logits in f32 may be off, by the largest that these rows can have, |q| |k| / sqrt(dim):
-/// of single rows and keys, or of the means of blocks of them.
-inline double logit_error(const attention_problem& p, index_t block = 1) {
+/// products of rows and keys, or of what takes `more` roundings to make of several.
+inline double logit_error(const attention_problem& p, index_t more = 0) {
   const auto longest = [](const test_support::owned_tensor& x) {
     double most = 0;
     for (index_t t = 0; t < x.view().tokens; ++t) {
@@ -73,17 +73,19 @@ inline double logit_error(const attention_problem& p, index_t block = 1) {
     return most;
   };
   const auto dim = static_cast<double>(p.q.view().dim);
-  const double means = block == 1 ? 0 : 2 * static_cast<double>(block + 2);
-  // 6 for the exponent, whose argument is a difference of two.
-  return rounding_of(dim + 4 + means + 6) * longest(p.q) * longest(p.k) / std::sqrt(dim);
+  // 6 for the argument of the exponential, the difference of two.
+  return rounding_of(dim + 4 + 6 + static_cast<double>(more)) * longest(p.q) * longest(p.k) /
+         std::sqrt(dim);
 }
+/// Roundings of the means of two blocks.
+inline index_t means_of(index_t q_block, index_t k_block) { return q_block + k_block + 4; }
 
 /// How far probabilities in f32, or sums of so many of them, may be off, relative to themselves, by
 /// the derivation in reference.cpp.
-inline double probability_error(const attention_problem& p, index_t terms = 1, index_t block = 1) {
+inline double probability_error(const attention_problem& p, index_t terms = 1, index_t more = 0) {
   const auto keys = static_cast<double>(p.shape.kv_len);
   const double rescales = std::ceil(keys / 16);
-  return std::expm1(2 * (logit_error(p, block) + rounding_of(4 + 5 * rescales))) +
+  return std::expm1(2 * (logit_error(p, more) + rounding_of(4 + 5 * rescales))) +
          rounding_of(keys + rescales + 6 + static_cast<double>(terms));
 }
 

@@ -27,9 +27,6 @@ using formulas::choice;
 using formulas::numbers;
 using formulas::units;
 
-// What float scores may be off by, of sums of up to 512 probabilities or of mean products.
-constexpr double rounding_gap = 1e-4;
-
 // ---- vertical-slash -----------------------------------------------------------------------------
 
 struct slash_sets {
@@ -149,7 +146,9 @@ choice block_row(const attention_problem& p, index_t head, index_t i, index_t bl
                      : own ? formulas::infinite
                            : formulas::pooled(p, head, i, j, block, block));
   }
-  return formulas::largest(scores, k);
+  choice row = formulas::largest(scores, k);
+  row.gap -= 2 * formulas::logit_error(p, formulas::means_of(block, block));
+  return row;
 }
 
 TEST(block_sparse_method, chooses_by_the_formula) {
@@ -170,7 +169,7 @@ TEST(block_sparse_method, chooses_by_the_formula) {
         want[at(h)].push_back(block_row(p, h, i, block, k, forced));
       }
     }
-    EXPECT_TRUE(selects_choices(plan, block, rounding_gap, clear, [&](index_t head, index_t row) {
+    EXPECT_TRUE(selects_choices(plan, block, clear, [&](index_t head, index_t row) {
       return want[at(head)][at(row / block)];
     }));
     EXPECT_GT(clear, 700);
@@ -209,6 +208,8 @@ TEST(xattention, chooses_by_the_formula) {
       for (index_t b = 0; b <= a; ++b) mass[at(a / 8)][at(b / 8)] += x[at(b)];
     }
     const attention_plan plan = prefill_plan(contexts.any(), p, m);
+    // Sums of stride * dim products, and of the mass of 8 x 8 groups.
+    const double error = formulas::probability_error(p, 64, 3 * dim);
     std::vector<choice> want;
     for (index_t i = 0; i < blocks; ++i) {
       double total = 0, gap = formulas::infinite;
@@ -218,16 +219,25 @@ TEST(xattention, chooses_by_the_formula) {
       std::vector<std::pair<double, index_t>> order;
       for (index_t j = 1; j < i; ++j) order.emplace_back(-mass[at(i)][at(j)], j);
       std::sort(order.begin(), order.end());
-      gap = std::abs(have - m.threshold * total);
+      const double target = m.threshold * total;
+      const auto decides = [&] {
+        gap = std::min(gap, std::abs(have - target) - error * (have + target));
+      };
+      decides();
+      double last = 0;
       for (const auto& [negative, j] : order) {
-        if (have >= m.threshold * total) break;
+        if (have >= target) {
+          if (last < 0) gap = std::min(gap, negative - last + error * (negative + last));
+          break;
+        }
         have -= negative;
-        gap = std::min(gap, std::abs(have - m.threshold * total));
+        last = negative;
+        decides();
         chosen.insert(j);
       }
       want.push_back({chosen, gap});
     }
-    EXPECT_TRUE(selects_choices(plan, 32, 1e-3, clear, [&](index_t, index_t row) {
+    EXPECT_TRUE(selects_choices(plan, 32, clear, [&](index_t, index_t row) {
       return want[at(row / 32)];
     }));
   }
@@ -242,7 +252,7 @@ choice flexprefill_formula(const attention_problem& p, index_t head, const flexp
   const index_t block = m.block_size;
   const index_t n = (p.shape.q_len + block - 1) / block;
   const double error = formulas::probability_error(p, block);
-  const double pooled_error = formulas::probability_error(p, 1, block);
+  const double pooled_error = formulas::probability_error(p, 1, formulas::means_of(block, block));
   const auto [columns, distances] = formulas::last_rows(p, head, block);
   const index_t least = (m.min_budget + block - 1) / block;
   const index_t most = std::max(least, (index_t{m.max_budget} + block - 1) / block);
