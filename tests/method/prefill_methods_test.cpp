@@ -324,9 +324,10 @@ TEST(flexprefill, chooses_by_the_formula) {
                             ? block * random.integer(3, 7)
                             : random.pick<index_t>({65, 129, 200, 257, random.integer(150, 400)});
     if (len <= 2 * block) continue;
-    attention_problem p = prompt(random, len, 2, 2, 0.3);
-    for (index_t t = 0; t < len; ++t) {  // the second head looks at fewer keys
-      for (index_t d = 0; d < 16; ++d) p.q.row(t, 1)[d] *= 5;
+    attention_problem p = prompt(random, len, 2, 2, random.pick({0.3, 1.5}));
+    for (index_t d = 0; d < 16; ++d) {  // the second head looks at a key that means hide
+      for (index_t t = 0; t < len; ++t) p.q.row(t, 1)[d] += 0.5f;
+      p.k.row(10, 1)[d] = 4;
     }
     flexprefill m{.coverage = random.pick({0.5, 0.8}), .block_size = token_t(block)};
     m.min_budget = token_t(random.pick<index_t>({1, block, 2 * block}));
@@ -347,9 +348,9 @@ TEST(flexprefill, chooses_by_the_formula) {
         << len << " in blocks of " << block << ", query-aware " << query_aware[0] << query_aware[1];
   }
   EXPECT_GT(clear, 30);
-  EXPECT_GT(aware, 10);
+  EXPECT_GT(aware, 5);
   EXPECT_GT(2 * clear - aware, 10);
-  EXPECT_GT(both, 2);
+  EXPECT_GT(both, 5);
 }
 
 TEST(flexprefill, short_prompts_run_dense) {
