@@ -93,7 +93,7 @@ TEST(sf_flexprefill, chooses_by_the_formula) {
   for (int round = 0; round < 60; ++round) {
     const index_t len =
         round < 6 ? 1000 : random.pick<index_t>({65, 200, random.integer(150, 300)});
-    const index_t last = random.pick<index_t>({64, 80, 128});
+    const index_t last = random.pick<index_t>({64, 128, 256});
     const attention_problem p = prompt(random, len, 2, 1);
     const double alpha = random.pick({0.3, 0.65, 0.9});
     const index_t least = random.pick<index_t>({1, 70});
@@ -325,12 +325,15 @@ TEST(flexprefill, chooses_by_the_formula) {
                             : random.pick<index_t>({65, 129, 200, 257, random.integer(150, 400)});
     if (len <= 2 * block) continue;
     attention_problem p = prompt(random, len, 2, 2, random.pick({0.3, 1.5}));
-    for (index_t d = 0; d < 16; ++d) {  // the second head looks at a key that means hide
+    // The second head looks at a key that means hide, or at a block that they show.
+    const bool hidden = random.integer(0, 2) == 0;
+    for (index_t d = 0; d < 16; ++d) {
       for (index_t t = 0; t < len; ++t) p.q.row(t, 1)[d] += 0.5f;
-      p.k.row(10, 1)[d] = 4;
+      for (index_t t = 0; t < block; ++t) p.k.row(t, 1)[d] += hidden ? 0.0f : 1.0f;
+      if (hidden) p.k.row(10, 1)[d] = 4;
     }
     flexprefill m{.coverage = random.pick({0.5, 0.8}), .block_size = token_t(block)};
-    m.min_budget = token_t(random.pick<index_t>({1, block, 2 * block}));
+    m.min_budget = token_t(random.pick<index_t>({1, block, block + 5, 2 * block}));
     m.max_budget = random.pick({3 * m.block_size, 100'000});
     m.divergence_limit = random.pick({0.05, 0.3});
     bool query_aware[2] = {};
