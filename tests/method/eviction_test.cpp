@@ -9,8 +9,12 @@
 #include <numeric>
 #include <sattn/attention/attend.hpp>
 #include <sattn/kv/paged_cache.hpp>
+#include <sattn/pattern/compose.hpp>
+#include <sattn/pattern/vertical_slash.hpp>
+#include <string>
 #include <vector>
 
+#include "method/cases.hpp"
 #include "method/formulas.hpp"
 #include "support/errors.hpp"
 #include "support/problem.hpp"
@@ -22,15 +26,6 @@ using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 using formulas::choice;
 using formulas::numbers;
-
-attention_problem prompt(random_source& random, index_t len, index_t q_heads = 4,
-                         index_t kv_heads = 2) {
-  attention_problem p(random, {.q_len = len, .kv_len = len, .q_heads = q_heads,
-                               .kv_heads = kv_heads, .head_dim = 16, .v_dim = 8});
-  p.q.fill_normal(random, 1.5);
-  return p;
-}
-method_inputs inputs(const attention_problem& p) { return {p.shape, p.q.view(), p.k.view()}; }
 
 // pool1d(kernel, stride 1, padding kernel / 2): an average divides by the kernel, zeros behind the
 // ends; a maximum ignores them.
@@ -307,6 +302,60 @@ TEST(pyramid, follows_the_published_schedule) {
   EXPECT_EQ(pyramid_capacity(0, 1, 1000, 128, 8), 128);
   EXPECT_NE(error_of([] { pyramid_capacity(8, 8, 1000, 128, 8); }), "");
   EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 1000, 7, 8); }), "");
+}
+
+// Each layer's cache keeps what the schedule gives its layer, of its own keys; what integer steps
+// lose, the sum over the layers has too much, and nothing else.
+TEST(pyramid, spends_its_schedule_over_the_caches_of_a_model) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  context& ctx = contexts.any();
+  constexpr index_t capacity = 128;
+  constexpr token_t window = 8;
+  struct model {
+    index_t layers, len, most, least;
+  };
+  for (const model& m : {model{4, 300, 234, 6}, model{8, 300, 234, 6}, model{5, 240, 232, 8},
+                         model{8, 239, 120, 120}, model{3, 128, 120, 120}}) {
+    SCOPED_TRACE(std::to_string(m.layers) + " layers, " + std::to_string(m.len) + " keys");
+    index_t kept_of_all = 0, previous = m.len;
+    for (index_t layer = 0; layer < m.layers; ++layer) {
+      const attention_problem p = prompt(random, m.len + 1);
+      const attention_problem past = part_of(p, 0, m.len, m.len);
+      paged_kv_cache<float> cache({.kv_heads = 2, .head_dim = 16, .v_dim = 8, .page_size = 16,
+                                   .capacity = 300});
+      cache.append(past.k.view(), past.v.view());
+      const keep_lists kept =
+          pyramid(layer, m.layers, m.len, capacity, window).choose_kept(ctx, inputs(past));
+      cache.evict(kept);
+      const index_t budget =
+          window + m.most - layer * ((m.most - m.least) / (m.layers - 1));
+      EXPECT_LE(budget, previous);
+      previous = budget;
+      per_head columns;
+      for (index_t h = 0; h < 2; ++h) {
+        ASSERT_EQ(cache.tokens(h), budget);
+        kept_of_all += cache.tokens(h);
+        for (token_t i = 0; i < window; ++i) {
+          EXPECT_EQ(*(kept[at(h)].rbegin() + i), m.len - 1 - i);
+        }
+        columns.patterns.emplace_back(vertical_slash{kept[at(h)], {}});
+      }
+      // The next token attends to these keys alone.
+      const attention_problem next = part_of(p, m.len, 1, m.len);
+      const attention_plan plan = plan_decode(ctx, next.shape, columns);
+      EXPECT_TRUE(within_bound(contexts, plan, next));
+      std::vector<float> out(4 * 8), lse(4);
+      attend(ctx, plan_decode(ctx, shape_of(next.q.view(), cache.view()), dense{}), next.q.view(),
+             cache.view(), {nhd(out.data(), 1, 4, 8), nhd(lse.data(), 1, 4, 1)});
+      const attention_result want = run(ctx, plan, next);
+      EXPECT_TRUE(bit_equal(out, want.out));
+      EXPECT_TRUE(bit_equal(lse, want.lse));
+    }
+    const index_t lost = m.layers * ((m.most - m.least) % (m.layers - 1)) / 2;
+    EXPECT_EQ(kept_of_all, 2 * (m.layers * capacity + lost));
+  }
 }
 
 // acc_j += the attention of all rows; heaviest and most recent stay, with their sums.

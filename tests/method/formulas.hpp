@@ -25,12 +25,15 @@ using units = std::set<index_t>;
 
 inline constexpr double infinite = std::numeric_limits<double>::infinity();
 
-/// What was chosen, and the smallest difference that decided it: choices by float scores must agree
-/// where it exceeds what rounding does to a score.
+/// What was chosen, and the smallest difference that decided it, less what rounding does to scores
+/// in f32: below 0 the choice by them may be another.
 struct choice {
   units chosen;
   double gap = infinite;
 };
+
+/// m roundings of f32 in a row, relative to the magnitude of what is computed.
+inline double rounding_of(double m) { return m * 0x1p-24 / (1 - m * 0x1p-24); }
 
 inline double dot(const float* a, const float* b, index_t dim) {
   double sum = 0;
@@ -57,6 +60,35 @@ inline numbers probabilities(const attention_problem& p, index_t head, index_t r
   return result;
 }
 
+/// How far logits in f32 may be off, by the largest that these rows can have, |q| |k| / sqrt(dim):
+/// products of rows and keys, or of what takes `more` roundings to make of several.
+inline double logit_error(const attention_problem& p, index_t more = 0) {
+  const auto longest = [](const test_support::owned_tensor& x) {
+    double most = 0;
+    for (index_t t = 0; t < x.view().tokens; ++t) {
+      for (index_t h = 0; h < x.view().heads; ++h) {
+        most = std::max(most, std::sqrt(dot(x.row(t, h), x.row(t, h), x.view().dim)));
+      }
+    }
+    return most;
+  };
+  const auto dim = static_cast<double>(p.q.view().dim);
+  // 6 for the argument of the exponential, the difference of two.
+  return rounding_of(dim + 4 + 6 + static_cast<double>(more)) * longest(p.q) * longest(p.k) /
+         std::sqrt(dim);
+}
+/// Roundings of the means of two blocks.
+inline index_t means_of(index_t q_block, index_t k_block) { return q_block + k_block + 4; }
+
+/// How far probabilities in f32, or sums of so many of them, may be off, relative to themselves, by
+/// the derivation in reference.cpp.
+inline double probability_error(const attention_problem& p, index_t terms = 1, index_t more = 0) {
+  const auto keys = static_cast<double>(p.shape.kv_len);
+  const double rescales = std::ceil(keys / 16);
+  return std::expm1(2 * (logit_error(p, more) + rounding_of(4 + 5 * rescales))) +
+         rounding_of(keys + rescales + 6 + static_cast<double>(terms));
+}
+
 /// Column sums and sums by distance of the last rows.
 inline std::pair<numbers, numbers> last_rows(const attention_problem& p, index_t head,
                                              index_t rows) {
@@ -72,8 +104,9 @@ inline std::pair<numbers, numbers> last_rows(const attention_problem& p, index_t
   return {columns, distances};
 }
 
-/// The k largest; of equal ones the first. -inf is never chosen.
-inline choice largest(const numbers& scores, index_t k) {
+/// The k largest; of equal ones the first. -inf is never chosen. The gap is what is left of it
+/// when scores are off by `error` of themselves.
+inline choice largest(const numbers& scores, index_t k, double error = 0) {
   std::vector<std::pair<double, index_t>> order;
   for (index_t i = 0; i < std::ssize(scores); ++i) {
     if (scores[at(i)] != -infinite) order.emplace_back(-scores[at(i)], i);
@@ -83,25 +116,83 @@ inline choice largest(const numbers& scores, index_t k) {
   k = std::clamp<index_t>(k, 0, std::ssize(order));
   for (index_t i = 0; i < k; ++i) result.chosen.insert(order[at(i)].second);
   if (k > 0 && k < std::ssize(order) && order[at(k)].first != -infinite) {
-    result.gap = order[at(k)].first - order[at(k - 1)].first;
+    const double chosen = order[at(k - 1)].first, left = order[at(k)].first;
+    result.gap = left - chosen;
+    if (error > 0 && chosen != -infinite) result.gap += error * (left + chosen);
+  }
+  return result;
+}
+
+/// The fewest of the largest that reach a share of the sum; 0 is never chosen. `error` as above.
+inline choice covering(const numbers& scores, double share, double error = 0) {
+  std::vector<std::pair<double, index_t>> order;
+  double all = 0;
+  for (index_t i = 0; i < std::ssize(scores); ++i) {
+    all += scores[at(i)];
+    if (scores[at(i)] != 0) order.emplace_back(-scores[at(i)], i);
+  }
+  std::sort(order.begin(), order.end());
+  choice result;
+  double mass = 0;
+  double last = -infinite;
+  for (const auto& [negative, i] : order) {
+    if (share < 1 && mass >= share * all) {
+      result.gap = std::min(result.gap, negative - last + error * (negative + last));
+      break;
+    }
+    mass -= negative;
+    last = negative;
+    if (share < 1) {
+      result.gap =
+          std::min(result.gap, std::abs(mass - share * all) - error * (mass + share * all));
+    }
+    result.chosen.insert(i);
   }
   return result;
 }
 
 /// FlexPrefill's cover: the smallest k whose k largest exceed a share of the sum; and how far it is
 /// from another k.
-inline std::pair<index_t, double> cover(numbers scores, double share) {
+inline std::pair<index_t, double> cover(numbers scores, double share, double error) {
   std::sort(scores.rbegin(), scores.rend());
   double all = 0;
   for (const double x : scores) all += x;
+  const double target = share * all;
   double sum = 0;
   double gap = infinite;
   index_t k = 0;
-  while (k < std::ssize(scores) && sum <= share * all) {
-    gap = std::min(gap, share * all - sum);
+  while (k < std::ssize(scores) && sum <= target) {
+    gap = std::min(gap, target - sum - error * (target + sum));
     sum += scores[at(k++)];
   }
-  return {k, std::min(gap, sum - share * all)};
+  return {k, std::min(gap, sum - target - error * (target + sum))};
+}
+
+/// A score and how far one in f32 may be from it.
+struct bounded {
+  double value = 0;
+  double error = 0;
+};
+
+/// sum_c max(q[c] min_j[c], q[c] max_j[c]) over the keys of a page that exist.
+inline bounded page_bound(const attention_problem& p, index_t head, index_t row, index_t page,
+                          index_t page_size) {
+  bounded sum;
+  const index_t dim = p.q.view().dim;
+  for (index_t c = 0; c < dim; ++c) {
+    double low = infinite, high = -infinite;
+    for (index_t t = page * page_size; t < std::min(p.shape.kv_len, (page + 1) * page_size); ++t) {
+      const double x = p.k.row(t, head / p.shape.group_size())[c];
+      low = std::min(low, x);
+      high = std::max(high, x);
+    }
+    const double q = p.q.row(row, head)[c];
+    sum.value += std::max(q * low, q * high);
+    // Queries of one sign and of the other are summed apart, over a group first.
+    sum.error += rounding_of(static_cast<double>(2 * dim + p.shape.group_size())) * std::abs(q) *
+                 std::max(std::abs(low), std::abs(high));
+  }
+  return sum;
 }
 
 /// Mean query and key of a block, and their product.

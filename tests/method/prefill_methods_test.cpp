@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "method/cases.hpp"
 #include "method/formulas.hpp"
 #include "support/errors.hpp"
 #include "support/plans.hpp"
@@ -26,30 +27,13 @@ using formulas::choice;
 using formulas::numbers;
 using formulas::units;
 
-// What float scores may be off by, of sums of up to 512 probabilities or of mean products.
-constexpr double rounding_gap = 1e-4;
-
-attention_problem prefill_problem(random_source& random, index_t len, index_t q_heads = 2,
-                                  index_t kv_heads = 1, double deviation = 1.5) {
-  attention_problem p(random, {.q_len = len, .kv_len = len, .q_heads = q_heads,
-                               .kv_heads = kv_heads, .head_dim = 16, .v_dim = 8});
-  p.q.fill_normal(random, deviation);
-  return p;
-}
-
-template <attention_method M>
-attention_plan plan_of_method(context& ctx, const attention_problem& p, const M& method,
-                              const plan_options& options = {}) {
-  return plan_prefill(ctx, p.q.view(), p.kv(), method, {.plan = options}).plan;
-}
-
 // ---- vertical-slash -----------------------------------------------------------------------------
 
 struct slash_sets {
   choice columns;
   choice distances;
 
-  bool clear() const { return columns.gap > rounding_gap && distances.gap > rounding_gap; }
+  bool clear() const { return columns.gap > 0 && distances.gap > 0; }
   bool holds(index_t key, index_t distance) const {
     return columns.chosen.contains(key) || distances.chosen.contains(distance);
   }
@@ -61,7 +45,8 @@ slash_sets slash_formula(const attention_problem& p, index_t head, index_t last,
   auto [columns, distances] = formulas::last_rows(p, head, last);
   for (index_t i = 0; i < std::min(sinks, p.shape.kv_len); ++i) columns[at(i)] = infinity;
   for (index_t i = 0; i < std::min(local, p.shape.kv_len); ++i) distances[at(i)] = infinity;
-  return {formulas::largest(columns, vertical), formulas::largest(distances, slash)};
+  const double error = formulas::probability_error(p, last);
+  return {formulas::largest(columns, vertical, error), formulas::largest(distances, slash, error)};
 }
 
 template <class Formula>
@@ -86,55 +71,66 @@ TEST(vertical_slash_method, chooses_by_the_formula) {
   all_contexts contexts;
   int clear = 0;
   for (int round = 0; round < 12; ++round) {
-    const attention_problem p = prefill_problem(random, random.integer(120, 400));
+    const attention_problem p = prompt(random, random.integer(120, 400), 2, 1);
     context& ctx = contexts.any();
     const auto vertical = static_cast<token_t>(random.integer(35, 60));
     const auto slash = static_cast<token_t>(random.integer(105, 118));
-    expect_slashes(p, plan_of_method(ctx, p, sf_vertical_slash(vertical, slash, 96)), clear,
+    expect_slashes(p, prefill_plan(ctx, p, sf_vertical_slash(vertical, slash, 96)), clear,
                    [&](index_t h) { return slash_formula(p, h, 96, vertical, slash, 4, 64); });
-    expect_slashes(p, plan_of_method(ctx, p, minference(vertical, slash)), clear,
+    expect_slashes(p, prefill_plan(ctx, p, minference(vertical, slash)), clear,
                    [&](index_t h) { return slash_formula(p, h, 64, vertical, slash, 30, 100); });
   }
   EXPECT_GT(clear, 4);
 }
 
-// Sizes by cover(), then the forced ones take places.
+// Sizes by cover() for each head, then the forced ones take places; at any length, also one that is
+// shorter than the rows that are looked at.
 TEST(sf_flexprefill, chooses_by_the_formula) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
   int clear = 0;
-  for (int round = 0; round < 40; ++round) {
-    const attention_problem p = prefill_problem(random, random.integer(150, 300), 1);
+  for (int round = 0; round < 60; ++round) {
+    const index_t len =
+        round < 6 ? 1000 : random.pick<index_t>({65, 200, random.integer(150, 300)});
+    const index_t last = random.pick<index_t>({64, 128, 256});
+    const attention_problem p = prompt(random, len, 2, 1);
     const double alpha = random.pick({0.3, 0.65, 0.9});
     const index_t least = random.pick<index_t>({1, 70});
-    auto [columns, distances] = formulas::last_rows(p, 0, 80);
-    const std::pair<index_t, double> vertical = formulas::cover(columns, alpha);
-    const std::pair<index_t, double> slash = formulas::cover(distances, alpha);
-    if (std::min(vertical.second, slash.second) < 1e-3) continue;
-    expect_slashes(p, plan_of_method(contexts.any(), p, sf_flexprefill(alpha, 80, token_t(least))),
+    const double error = formulas::probability_error(p, last);
+    double gap = formulas::infinite;
+    const auto size = [&](const numbers& x, index_t forced) {
+      const std::pair<index_t, double> covering = formulas::cover(x, alpha, error);
+      gap = std::min(gap, covering.second);
+      // All protected ones are kept, also where the size is smaller.
+      return std::max({covering.first, least, forced});
+    };
+    expect_slashes(p, prefill_plan(contexts.any(), p,
+                                   sf_flexprefill(alpha, token_t(last), token_t(least))),
                    clear, [&](index_t h) {
-                     // All protected ones are kept, also where the size is smaller.
-                     return slash_formula(p, h, 80, std::max<index_t>({vertical.first, least, 4}),
-                                          std::max<index_t>({slash.first, least, 64}), 4, 64);
+                     const auto [columns, distances] = formulas::last_rows(p, h, last);
+                     slash_sets sets = slash_formula(p, h, last, size(columns, 4),
+                                                     size(distances, 64), 4, 64);
+                     sets.columns.gap = std::min(sets.columns.gap, gap);
+                     return sets;
                    });
   }
-  EXPECT_GT(clear, 5);
+  EXPECT_GT(clear, 30);
 }
 
 TEST(minference_heads, choose_as_each_setting_says) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p = prefill_problem(random, 300, 2, 1);
+  const attention_problem p = prompt(random, 300, 2, 1);
   using kind = minference_head::kind;
   const minference_heads method{{{kind::vertical_slash, 40, 110}, {kind::streaming, 5, 33}}};
-  const attention_plan both = plan_of_method(contexts.any(), p, method);
-  const auto first = expand(plan_of_method(contexts.any(), p, minference(40, 110)), 0);
+  const attention_plan both = prefill_plan(contexts.any(), p, method);
+  const auto first = expand(prefill_plan(contexts.any(), p, minference(40, 110)), 0);
   EXPECT_EQ(expand(both, 0), first);
-  EXPECT_EQ(expand(both, 1), expand(plan_of_method(contexts.any(), p, a_shape{5, 33}), 1));
+  EXPECT_EQ(expand(both, 1), expand(prefill_plan(contexts.any(), p, a_shape{5, 33}), 1));
   EXPECT_NE(error_of([&] {
-              plan_of_method(contexts.any(), p, minference_heads{{method.heads[0]}});
+              prefill_plan(contexts.any(), p, minference_heads{{method.heads[0]}});
             }), "");
 }
 
@@ -150,7 +146,9 @@ choice block_row(const attention_problem& p, index_t head, index_t i, index_t bl
                      : own ? formulas::infinite
                            : formulas::pooled(p, head, i, j, block, block));
   }
-  return formulas::largest(scores, k);
+  choice row = formulas::largest(scores, k);
+  row.gap -= 2 * formulas::logit_error(p, formulas::means_of(block, block));
+  return row;
 }
 
 TEST(block_sparse_method, chooses_by_the_formula) {
@@ -159,27 +157,22 @@ TEST(block_sparse_method, chooses_by_the_formula) {
   all_contexts contexts;
   for (const bool forced : {true, false}) {
     const index_t block = forced ? 16 : 64;
-    const attention_problem p = prefill_problem(random, 700, 2, 1);
+    const attention_problem p = prompt(random, 700, 2, 1);
     const index_t k = 5;
     const attention_plan plan =
-        forced ? plan_of_method(contexts.any(), p, sf_block_sparse(16, k))
-               : plan_of_method(contexts.any(), p, minference_block(k));
+        forced ? prefill_plan(contexts.any(), p, sf_block_sparse(16, k))
+               : prefill_plan(contexts.any(), p, minference_block(k));
     int clear = 0;
+    std::vector<std::vector<choice>> want(2);
     for (index_t h = 0; h < 2; ++h) {
-      const std::vector<std::uint8_t> mask = expand(plan, h);
       for (index_t i = 0; i * block < 700; ++i) {
-        const choice want = block_row(p, h, i, block, k, forced);
-        if (want.gap < rounding_gap) continue;
-        ++clear;
-        for (index_t row = i * block; row < std::min<index_t>(700, (i + 1) * block); ++row) {
-          for (index_t key = 0; key < 700; ++key) {
-            const bool seen = mask[at(row * 700 + key)] != 0;
-            ASSERT_EQ(seen, key <= row && want.chosen.contains(key / block)) << row << " " << key;
-          }
-        }
+        want[at(h)].push_back(block_row(p, h, i, block, k, forced));
       }
     }
-    EXPECT_GT(clear, 15);
+    EXPECT_TRUE(selects_choices(plan, block, clear, [&](index_t head, index_t row) {
+      return want[at(head)][at(row / block)];
+    }));
+    EXPECT_GT(clear, 700);
   }
 }
 
@@ -193,7 +186,7 @@ TEST(xattention, chooses_by_the_formula) {
   for (int round = 0; round < 8; ++round) {
     const xattention m{.stride = 4, .threshold = random.pick({0.5, 0.8}), .block_size = 32};
     const index_t len = random.integer(250, 400);
-    const attention_problem p = prefill_problem(random, len, 1);
+    const attention_problem p = prompt(random, len, 1, 1);
     const index_t rows = (len + 3) / 4, dim = 16;
     const auto element = [&](const owned_tensor& x, index_t t, index_t d) {
       return t < len ? double{x.row(t, 0)[d]} : 0.0;
@@ -214,8 +207,10 @@ TEST(xattention, chooses_by_the_formula) {
       x = formulas::softmax(x);
       for (index_t b = 0; b <= a; ++b) mass[at(a / 8)][at(b / 8)] += x[at(b)];
     }
-    const attention_plan plan = plan_of_method(contexts.any(), p, m);
-    const auto mask = expand(plan, 0);
+    const attention_plan plan = prefill_plan(contexts.any(), p, m);
+    // Sums of stride * dim products, and of the mass of 8 x 8 groups.
+    const double error = formulas::probability_error(p, 64, 3 * dim);
+    std::vector<choice> want;
     for (index_t i = 0; i < blocks; ++i) {
       double total = 0, gap = formulas::infinite;
       for (const double x : mass[at(i)]) total += x;
@@ -224,24 +219,29 @@ TEST(xattention, chooses_by_the_formula) {
       std::vector<std::pair<double, index_t>> order;
       for (index_t j = 1; j < i; ++j) order.emplace_back(-mass[at(i)][at(j)], j);
       std::sort(order.begin(), order.end());
-      gap = std::abs(have - m.threshold * total);
+      const double target = m.threshold * total;
+      const auto decides = [&] {
+        gap = std::min(gap, std::abs(have - target) - error * (have + target));
+      };
+      decides();
+      double last = 0;
       for (const auto& [negative, j] : order) {
-        if (have >= m.threshold * total) break;
+        if (have >= target) {
+          if (last < 0) gap = std::min(gap, negative - last + error * (negative + last));
+          break;
+        }
         have -= negative;
-        gap = std::min(gap, std::abs(have - m.threshold * total));
+        last = negative;
+        decides();
         chosen.insert(j);
       }
-      if (gap < 1e-3) continue;
-      ++clear;
-      for (index_t row = i * 32; row < std::min(len, i * 32 + 32); ++row) {
-        for (index_t key = 0; key < len; ++key) {
-          ASSERT_EQ(mask[at(row * len + key)] != 0, key <= row && chosen.contains(key / 32))
-              << row << " " << key;
-        }
-      }
+      want.push_back({chosen, gap});
     }
+    EXPECT_TRUE(selects_choices(plan, 32, clear, [&](index_t, index_t row) {
+      return want[at(row / 32)];
+    }));
   }
-  EXPECT_GT(clear, 40);
+  EXPECT_GT(clear, 40 * 32);
 }
 
 // ---- FlexPrefill --------------------------------------------------------------------------------
@@ -251,14 +251,17 @@ choice flexprefill_formula(const attention_problem& p, index_t head, const flexp
                            bool& query_aware) {
   const index_t block = m.block_size;
   const index_t n = (p.shape.q_len + block - 1) / block;
+  const double error = formulas::probability_error(p, block);
+  const double pooled_error = formulas::probability_error(p, 1, formulas::means_of(block, block));
   const auto [columns, distances] = formulas::last_rows(p, head, block);
-  const auto blocks_for = [&](const numbers& x, double& gap) {
-    const auto [count, distance] = formulas::cover(x, m.coverage);
-    gap = std::min(gap, distance);
-    const index_t least = (m.min_budget + block - 1) / block;
-    return std::max(least, count / block + 1);
-  };
+  const index_t least = (m.min_budget + block - 1) / block;
+  const index_t most = std::max(least, (index_t{m.max_budget} + block - 1) / block);
   choice result;
+  const auto blocks_for = [&](const numbers& x) {
+    const std::pair<index_t, double> covering = formulas::cover(x, m.coverage, error);
+    result.gap = std::min(result.gap, covering.second);
+    return std::clamp(covering.first / block + 1, least, most);
+  };
   const numbers vertical = formulas::blocks_of(columns, block);
   const numbers slash = formulas::blocks_of(distances, block);
   std::vector<numbers> rows;  // softmax of mean products, causal
@@ -267,21 +270,26 @@ choice flexprefill_formula(const attention_problem& p, index_t head, const flexp
     for (index_t j = 0; j <= i; ++j) row.push_back(formulas::pooled(p, head, i, j, block, block));
     rows.push_back(formulas::softmax(row));
   }
-  double divergence = 0;
   double all = 0;
   for (const double x : vertical) all += x;
+  double divergence = 0, slope = 0;  // what it moves by where all probabilities do
+  const auto add = [&](double x, double mean) {
+    if (x == 0) return;
+    divergence += x * std::log(x / mean) / 2;
+    slope += x * std::abs(std::log(x / mean)) / 2;
+  };
   for (index_t j = 0; j < n; ++j) {
     const double a = rows.back()[at(j)], b = vertical[at(j)] / all, mean = (a + b) / 2;
-    divergence += (a > 0 ? a * std::log(a / mean) : 0) / 2;
-    divergence += (b > 0 ? b * std::log(b / mean) : 0) / 2;
+    add(a, mean);
+    add(b, mean);
   }
-  query_aware = std::sqrt(divergence) < m.divergence_limit;
-  result.gap = std::abs(std::sqrt(divergence) - m.divergence_limit);
-  const index_t least = (m.min_budget + block - 1) / block;
+  const double limit = m.divergence_limit * m.divergence_limit;
+  query_aware = divergence < limit;
+  result.gap = std::abs(divergence - limit) - 4 * pooled_error * slope;
   numbers v = vertical, s = slash;
   v[0] = s[0] = formulas::infinite;
-  const choice wide = formulas::largest(v, query_aware ? least : blocks_for(columns, result.gap));
-  const choice deep = formulas::largest(s, query_aware ? least : blocks_for(distances, result.gap));
+  const choice wide = formulas::largest(v, query_aware ? least : blocks_for(columns), error);
+  const choice deep = formulas::largest(s, query_aware ? least : blocks_for(distances), error);
   result.gap = std::min({result.gap, wide.gap, deep.gap});
   for (index_t i = 0; i < n; ++i) {
     for (const index_t j : wide.chosen) {
@@ -292,61 +300,79 @@ choice flexprefill_formula(const attention_problem& p, index_t head, const flexp
     }
   }
   if (query_aware) {
-    std::vector<std::pair<double, index_t>> pool;
+    numbers pool(at(n * n), 0.0);
     for (index_t i = 0; i < n; ++i) {
-      for (index_t j = 0; j <= i; ++j) pool.emplace_back(-rows[at(i)][at(j)], i * n + j);
+      std::copy(rows[at(i)].begin(), rows[at(i)].end(), pool.begin() + i * n);
     }
-    std::sort(pool.begin(), pool.end());
-    double mass = 0;
-    const double target = m.coverage * static_cast<double>(n);
-    for (std::size_t i = 0; i < pool.size() && mass < target; ++i) {
-      mass -= pool[i].first;
-      result.gap = std::min(result.gap, std::abs(mass - target));
-      if (i + 1 < pool.size()) {
-        if (mass >= target) result.gap = std::min(result.gap, pool[i + 1].first - pool[i].first);
-      }
-      result.chosen.insert(pool[i].second);
-    }
+    const choice pairs = formulas::covering(pool, m.coverage, pooled_error);
+    result.gap = std::min(result.gap, pairs.gap);
+    result.chosen.insert(pairs.chosen.begin(), pairs.chosen.end());
   }
   return result;
 }
 
+// Lengths that blocks divide and others, each head by itself.
 TEST(flexprefill, chooses_by_the_formula) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  int clear = 0, aware = 0, slashes = 0;
-  for (int round = 0; round < 60; ++round) {
-    const attention_problem p =
-        prefill_problem(random, 32 * random.integer(6, 14), 1, 1, random.pick({0.3, 1.5}));
-    flexprefill m{.coverage = random.pick({0.5, 0.8}), .min_budget = 64, .block_size = 32};
+  int clear = 0, aware = 0, both = 0;
+  for (int round = 0; round < 120; ++round) {
+    const index_t block = random.pick<index_t>({32, 64, 128});
+    const index_t len = round < 8 ? 1000
+                        : round < 16
+                            ? block * random.integer(3, 7)
+                            : random.pick<index_t>({65, 129, 200, 257, random.integer(150, 400)});
+    if (len <= 2 * block) continue;
+    attention_problem p = prompt(random, len, 2, 2, random.pick({0.3, 1.5}));
+    // The second head looks at a key that means hide, or at a block that they show.
+    const bool hidden = random.integer(0, 2) == 0;
+    for (index_t d = 0; d < 16; ++d) {
+      for (index_t t = 0; t < len; ++t) p.q.row(t, 1)[d] += 0.5f;
+      for (index_t t = 0; t < block; ++t) p.k.row(t, 1)[d] += hidden ? 0.0f : 1.0f;
+      if (hidden) p.k.row(10, 1)[d] = 4;
+    }
+    flexprefill m{.coverage = random.pick({0.5, 0.8}), .block_size = token_t(block)};
+    m.min_budget = token_t(random.pick<index_t>({1, block, block + 5, 2 * block}));
+    m.max_budget = random.pick({3 * m.block_size, 100'000});
     m.divergence_limit = random.pick({0.05, 0.3});
-    bool query_aware = false;
-    const choice want = flexprefill_formula(p, 0, m, query_aware);
-    if (want.gap < 1e-5) continue;
+    bool query_aware[2] = {};
+    choice want[2];
+    for (index_t h = 0; h < 2; ++h) want[h] = flexprefill_formula(p, h, m, query_aware[h]);
+    if (std::min(want[0].gap, want[1].gap) < 0) continue;
     ++clear;
-    ++(query_aware ? aware : slashes);
-    const index_t n = p.shape.q_len / 32;
-    EXPECT_TRUE(selects(plan_of_method(contexts.any(), p, m),
-                        [&](index_t, index_t row, index_t key) {
-                          return want.chosen.contains(row / 32 * n + key / 32);
+    for (const bool head_is_aware : query_aware) aware += head_is_aware ? 1 : 0;
+    both += query_aware[0] != query_aware[1] ? 1 : 0;
+    const index_t n = (len + block - 1) / block;
+    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, m),
+                        [&](index_t head, index_t row, index_t key) {
+                          return want[head].chosen.contains(row / block * n + key / block);
                         }))
-        << (query_aware ? "query-aware" : "vertical-slash");
+        << len << " in blocks of " << block << ", query-aware " << query_aware[0] << query_aware[1];
   }
-  EXPECT_GT(clear, 20);
+  EXPECT_GT(clear, 30);
   EXPECT_GT(aware, 5);
-  EXPECT_GT(slashes, 5);
+  EXPECT_GT(2 * clear - aware, 10);
+  EXPECT_GT(both, 5);
 }
 
 TEST(flexprefill, short_prompts_run_dense) {
   random_source random(1);
   all_contexts contexts;
-  const attention_problem p = prefill_problem(random, 256);
-  EXPECT_EQ(plan_of_method(contexts.any(), p, flexprefill{}).stats().density_selected(), 1.0);
+  const attention_problem p = prompt(random, 256, 2, 1);
+  EXPECT_EQ(prefill_plan(contexts.any(), p, flexprefill{}).stats().density_selected(), 1.0);
   const flexprefill m{.coverage = 0.1, .min_budget = 1};
-  EXPECT_EQ(plan_of_method(contexts.any(), p, m).stats().density_selected(), 1.0);
-  const attention_problem longer = prefill_problem(random, 500);
-  EXPECT_LT(plan_of_method(contexts.any(), longer, m).stats().density_selected(), 1.0);
+  EXPECT_EQ(prefill_plan(contexts.any(), p, m).stats().density_selected(), 1.0);
+  const attention_problem longer = prompt(random, 500, 2, 1);
+  EXPECT_LT(prefill_plan(contexts.any(), longer, m).stats().density_selected(), 1.0);
+  // Up to two blocks or the least budget, in whole blocks.
+  for (const index_t len : {1, 65, 128, 129, 192, 400}) {
+    const attention_problem q = prompt(random, len, 1, 1);
+    flexprefill blocks{.coverage = 0.01, .divergence_limit = 0, .min_budget = 1, .block_size = 64};
+    EXPECT_EQ(prefill_plan(contexts.any(), q, blocks).stats().density_selected() == 1, len <= 128);
+    blocks.min_budget = 129;
+    EXPECT_EQ(prefill_plan(contexts.any(), q, blocks).stats().density_selected() == 1, len <= 192);
+  }
 }
 
 TEST(jensen_shannon_distance, is_0_for_equal_and_largest_for_disjoint_distributions) {
@@ -364,13 +390,13 @@ TEST(tri_shape, is_the_a_shape_and_its_last_rows_are_dense) {
   random_source random(1);
   all_contexts contexts;
   for (const index_t len : {1, 50, 99, 100, 101, 300, 1000}) {
-    const attention_problem p = prefill_problem(random, len, 2, 1);
-    EXPECT_TRUE(selects(plan_of_method(contexts.any(), p, tri_shape{8, 40}),
+    const attention_problem p = prompt(random, len, 2, 1);
+    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, tri_shape{8, 40}),
                         [&](index_t, index_t row, index_t key) {
                           return key < 8 || row - key < 40 || row >= len - 100;
                         }))
         << len;
-    EXPECT_TRUE(selects(plan_of_method(contexts.any(), p, a_shape{8, 40}),
+    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, a_shape{8, 40}),
                         [&](index_t, index_t row, index_t key) {
                           return key < 8 || row - key < 40;
                         }))
@@ -389,7 +415,7 @@ struct named_method {
 template <attention_method M>
 named_method named(std::string name, const M& method, bool estimates = true) {
   return {std::move(name), [=](context& ctx, const attention_problem& p) {
-            return plan_of_method(ctx, p, method);
+            return prefill_plan(ctx, p, method);
           }, estimates};
 }
 
@@ -428,7 +454,7 @@ TEST(prefill_methods, run_dense_where_the_budget_is_beyond_the_length) {
   all_contexts contexts;
   context& ctx = contexts.any();
   for (const index_t len : {1, 2, 63, 64, 65, 1000}) {
-    const attention_problem p = prefill_problem(random, len, 4, 2);
+    const attention_problem p = prompt(random, len, 4, 2);
     const attention_result dense_result = run(ctx, plan_prefill(ctx, p.shape, dense{}), p);
     for (const named_method& m : large_methods()) {
       const attention_plan plan = m.plan(ctx, p);
@@ -443,7 +469,7 @@ TEST(prefill_methods, select_within_the_causal_mask_what_attend_then_attends_to)
   random_source random;
   all_contexts contexts;
   for (const index_t len : {1, 2, 63, 64, 65, 1000}) {
-    const attention_problem p = prefill_problem(random, len, 2, 1);
+    const attention_problem p = prompt(random, len, 2, 1);
     for (const named_method& m : small_methods()) {
       SCOPED_TRACE(m.name + ", " + std::to_string(len));
       const attention_plan plan = m.plan(contexts.any(), p);
@@ -476,7 +502,7 @@ TEST(prefill_methods, choose_for_a_row_by_what_came_before_its_block_ended) {
   random_source random;
   all_contexts contexts;
   context& ctx = contexts.any();
-  attention_problem p = prefill_problem(random, 320, 2, 1);
+  attention_problem p = prompt(random, 320, 2, 1);
   attention_problem changed = p;
   for (index_t t = 192; t < 320; ++t) {
     changed.k.fill_row(t, 0, 7.0f);
@@ -501,12 +527,12 @@ TEST(prefill_methods, choose_the_same_on_any_threads) {
   const seed_trace trace;
   random_source random;
   thread_contexts contexts;
-  const attention_problem p = prefill_problem(random, 500, 4, 2);
+  const attention_problem p = prompt(random, 500, 4, 2);
   for (const named_method& m : small_methods()) {
     const attention_plan want = m.plan(contexts.serial(), p);
     for (context& ctx : contexts) {
       const attention_plan got = m.plan(ctx, p);
-      for (index_t h = 0; h < 4; ++h) EXPECT_EQ(expand(got, h), expand(want, h)) << m.name;
+      EXPECT_EQ(masks_of(got), masks_of(want)) << m.name;
     }
   }
 }
@@ -524,7 +550,7 @@ TEST(prefill_methods, of_a_chunk_look_at_the_chunk) {
     const slash_sets want = slash_formula(p, 0, 64, 40, 120, 30, 100);
     if (!want.clear()) continue;
     ++clear;
-    EXPECT_TRUE(selects(plan_of_method(ctx, p, minference(40, 120)),
+    EXPECT_TRUE(selects(prefill_plan(ctx, p, minference(40, 120)),
                         [&](index_t, index_t row, index_t key) {
                           return want.holds(key, 300 + row - key);
                         }));
@@ -554,11 +580,11 @@ TEST(prefill_methods, budgets_are_monotone) {
   random_source random;
   all_contexts contexts;
   context& ctx = contexts.any();
-  const attention_problem p = prefill_problem(random, 400, 2, 1);
+  const attention_problem p = prompt(random, 400, 2, 1);
   const auto grows = [&](const auto& method_at) {
     std::vector<std::uint8_t> before(at(400 * 400), 0);
     for (int step = 1; step <= 8; ++step) {
-      const std::vector<std::uint8_t> mask = expand(plan_of_method(ctx, p, method_at(step)), 1);
+      const std::vector<std::uint8_t> mask = expand(prefill_plan(ctx, p, method_at(step)), 1);
       for (std::size_t i = 0; i < mask.size(); ++i) ASSERT_GE(mask[i], before[i]);
       before = mask;
     }
@@ -584,7 +610,7 @@ TEST(scored_blocks, choose_by_the_scores_given) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p = prefill_problem(random, 200, 4, 2);
+  const attention_problem p = prompt(random, 200, 4, 2);
   score_tensor scores(2, 4, 4, 0.0f);
   for (float& s : scores.values) s = static_cast<float>(random.normal());
   for (index_t set = 0; set < 2; ++set) {
@@ -592,7 +618,7 @@ TEST(scored_blocks, choose_by_the_scores_given) {
       for (std::size_t j = i + 1; j < 4; ++j) scores.row(set, index_t(i))[j] = -infinity;
     }
   }
-  const attention_plan plan = plan_of_method(
+  const attention_plan plan = prefill_plan(
       contexts.any(), p, scored_blocks{scores, {budget::threshold(0.3), {.diagonal = true}}});
   EXPECT_TRUE(selects(plan, [&](index_t head, index_t row, index_t key) {
     return row / 64 == key / 64 || scores.row(head / 2, row / 64)[at(key / 64)] > 0.3f;
@@ -603,7 +629,7 @@ TEST(scored_tokens, choose_by_the_scores_given) {
   const seed_trace trace;
   random_source random;
   all_contexts contexts;
-  const attention_problem p = prefill_problem(random, 90, 2, 1);
+  const attention_problem p = prompt(random, 90, 2, 1);
   score_tensor scores(1, 90, 90, -infinity);
   // As a sum of rectified products: many zeros, so that ties decide.
   for (index_t row = 0; row < 90; ++row) {
@@ -612,7 +638,7 @@ TEST(scored_tokens, choose_by_the_scores_given) {
     }
   }
   const attention_plan plan =
-      plan_of_method(contexts.any(), p, scored_tokens{scores, {budget::fixed(20)}});
+      prefill_plan(contexts.any(), p, scored_tokens{scores, {budget::fixed(20)}});
   EXPECT_TRUE(selects(plan, [&](index_t, index_t row, index_t key) {
     index_t better = 0;
     for (index_t other = 0; other <= row; ++other) {
@@ -623,7 +649,7 @@ TEST(scored_tokens, choose_by_the_scores_given) {
   }));
   const score_tensor wrong(1, 90, 80, 0.0f);
   EXPECT_NE(error_of([&] {
-              plan_of_method(contexts.any(), p, scored_tokens{wrong, {budget::fixed(1)}});
+              prefill_plan(contexts.any(), p, scored_tokens{wrong, {budget::fixed(1)}});
             }), "");
 }
 
