@@ -270,6 +270,13 @@ choice flexprefill_formula(const attention_problem& p, index_t head, const flexp
     for (index_t j = 0; j <= i; ++j) row.push_back(formulas::pooled(p, head, i, j, block, block));
     rows.push_back(formulas::softmax(row));
   }
+  // The means of the last `block` rows, which are not the last block of the others.
+  const attention_problem last = part_of(p, p.shape.q_len - block, block, p.shape.kv_len);
+  numbers estimate;
+  for (index_t j = 0; j < n; ++j) {
+    estimate.push_back(formulas::pooled(last, head, 0, j, block, block));
+  }
+  estimate = formulas::softmax(estimate);
   double all = 0;
   for (const double x : vertical) all += x;
   double divergence = 0, slope = 0;  // what it moves by where all probabilities do
@@ -279,7 +286,7 @@ choice flexprefill_formula(const attention_problem& p, index_t head, const flexp
     slope += x * std::abs(std::log(x / mean)) / 2;
   };
   for (index_t j = 0; j < n; ++j) {
-    const double a = rows.back()[at(j)], b = vertical[at(j)] / all, mean = (a + b) / 2;
+    const double a = estimate[at(j)], b = vertical[at(j)] / all, mean = (a + b) / 2;
     add(a, mean);
     add(b, mean);
   }
