@@ -164,7 +164,8 @@ SATTN_ALWAYS_INLINE void attend_row_group(const rows_args& args, index_t first, 
 template <class F>
 SATTN_ALWAYS_INLINE void for_each_row_group(const rows_args& args, F&& f) {
   SATTN_ASSERT(args.count > 0 && args.count <= chunk_keys);
-  const index_t piece = args.cached ? chunk_keys : stream_piece;
+  const bool bytes = args.k_type == dtype::i8 && args.v_type == dtype::i8;
+  const index_t piece = args.cached ? chunk_keys : bytes ? stream_piece_of_bytes : stream_piece;
   for (index_t begin = 0; begin < args.count; begin += piece) {
     const index_t end = begin + piece < args.count ? begin + piece : args.count;
     const void* const* const next_k = end < args.count ? args.k_rows + end : args.next_k;

@@ -13,7 +13,7 @@ namespace sattn {
 
 inline constexpr index_t tile_lanes = 16;   // query rows (or rows x heads) of one lane block
 inline constexpr index_t chunk_keys = 128;  // keys that one kernel call takes at most
-inline constexpr index_t prefetch_rows = 16;  // extra entries behind lists of rows
+inline constexpr index_t prefetch_rows = 64;  // extra entries behind lists of rows
 
 /// State of 16 query lanes while their keys stream by, in floats:
 /// q [head_dim][16], pre-scaled and transposed; out [v_dim][16]; row_max [16]; row_sum [16].
@@ -110,7 +110,9 @@ constexpr index_t row_state_floats(index_t v_dim) { return row_out_floats(v_dim)
 // Keys that the row kernel takes at a time: in short pieces the reads of K and V take turns at
 // every page or so, which memory answers faster than longer runs of either.
 inline constexpr index_t stream_piece = 16;
-static_assert(prefetch_rows >= stream_piece, "a piece looks as far behind the list");
+inline constexpr index_t stream_piece_of_bytes = 64;  // K and V in int8
+static_assert(prefetch_rows >= stream_piece && prefetch_rows >= stream_piece_of_bytes,
+              "a piece looks as far behind the list");
 
 struct rows_args {
   const float* q;  // [queries][round_up(head_dim, 16)], pre-scaled, zero behind head_dim
