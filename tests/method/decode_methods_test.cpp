@@ -353,6 +353,23 @@ TEST(reused, asks_once_for_so_many_steps_and_layers) {
   EXPECT_NE(error_of([&] { reused(counting_method{&calls}, 0, 1); }), "");
 }
 
+TEST(by_layer, takes_the_budget_of_the_layer) {
+  const seed_trace trace;
+  random_source random;
+  context ctx(1);
+  const attention_problem p(random, {1, 200, 2, 1, 16, 16});
+  const auto falling = by_layer{[](index_t layer) { return top_k(300 / (layer + 1)); }};
+  static_assert(attention_method<decltype(falling)>);
+  method_inputs in = inputs(p);
+  for (const index_t layer : {0, 1, 2, 9}) {
+    in.layer = layer;
+    const attention_plan plan = plan_decode(ctx, p.shape, falling.choose(ctx, in));
+    EXPECT_EQ(plan.stats().selected, 2 * std::min<index_t>(200, 300 / (layer + 1)));
+  }
+  in.layer = method_inputs::no_layer;
+  EXPECT_NE(error_of([&] { falling.choose(ctx, in); }).find("layer"), std::string::npos);
+}
+
 TEST(decode_methods, choose_the_same_on_any_threads) {
   const seed_trace trace;
   random_source random;

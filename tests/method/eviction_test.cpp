@@ -304,6 +304,24 @@ TEST(pyramid, follows_the_published_schedule) {
   EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 1000, 7, 8); }), "");
 }
 
+TEST(pyramid, exact_steps_add_up_and_stay_within_a_key_of_the_line) {
+  for (index_t layers = 2; layers < 70; ++layers) {
+    for (const index_t len : {1001, 1999, 2050, 9000}) {
+      index_t all = 0;
+      for (index_t layer = 0; layer < layers; ++layer) {
+        const index_t kept =
+            pyramid_capacity(layer, layers, len, 1000, 31, 20, sattn::pyramid_steps::exact);
+        all += kept;
+        if (len < 2 * 969) continue;
+        const double most = std::min<double>(2 * 969 - 48, static_cast<double>(len - 31));
+        const double share = static_cast<double>(layer) / static_cast<double>(layers - 1);
+        EXPECT_NEAR(static_cast<double>(kept), most + share * (2 * 969 - 2 * most) + 31, 1);
+      }
+      EXPECT_EQ(all, layers * 1000) << layers << " layers, " << len << " keys";
+    }
+  }
+}
+
 // Each layer's cache keeps what the schedule gives its layer, of its own keys; what integer steps
 // lose, the sum over the layers has too much, and nothing else.
 TEST(pyramid, spends_its_schedule_over_the_caches_of_a_model) {

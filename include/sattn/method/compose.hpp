@@ -87,4 +87,19 @@ class reused {
   std::vector<std::optional<chosen>> groups_;
 };
 
+/// A method for each layer, of_layer(layer): budgets by layer, of which one beyond the length runs
+/// dense.
+template <class F>
+struct by_layer {
+  F of_layer;
+
+  /// Throws: shape_error where the inputs name no layer; what the method throws.
+  attention_pattern auto choose(context& ctx, const method_inputs& in) const {
+    require(in.layer != method_inputs::no_layer, "by_layer: the options name no layer");
+    return of_layer(in.layer).choose(ctx, in);
+  }
+};
+template <class F>
+by_layer(F) -> by_layer<F>;
+
 }  // namespace sattn

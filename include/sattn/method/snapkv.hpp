@@ -133,14 +133,19 @@ inline snapkv_method sf_ada_snapkv(index_t capacity = 1024, token_t approximatio
   return m;
 }
 
+/// How PyramidKV's budget falls from layer to layer: by the source's integer steps, which overshoot
+/// the total a little, or so that all layers add up to layers * capacity.
+enum class pyramid_steps { published, exact };
+
 /// What a layer of PyramidKV may keep, of `capacity` on average: more in the first layers, in equal
 /// steps. Prompts of up to `capacity` keys keep everything, those of less than
 /// 2 * (capacity - window) the same in every layer.
 /// Throws: shape_error unless the layer exists and, for longer prompts, window <= capacity and
 /// beta >= 1.
-/// Source: PyramidKV (arXiv:2406.02069) and its integer steps, which overshoot the total a little.
+/// Source: PyramidKV (arXiv:2406.02069).
 inline index_t pyramid_capacity(index_t layer, index_t layers, index_t kv_len,
-                                index_t capacity = 1024, index_t window = 32, index_t beta = 20) {
+                                index_t capacity = 1024, index_t window = 32, index_t beta = 20,
+                                pyramid_steps steps = pyramid_steps::published) {
   require(layer >= 0 && layer < layers, "pyramid_capacity: layer ", layer, " of ", layers);
   if (kv_len <= capacity) return kv_len;
   require(window >= 0 && window <= capacity && beta >= 1, "pyramid_capacity: capacity ", capacity,
@@ -153,14 +158,22 @@ inline index_t pyramid_capacity(index_t layer, index_t layers, index_t kv_len,
     most = kv_len - window;
     least = 2 * middle - most;
   }
+  if (steps == pyramid_steps::exact) {
+    // What the first `count` layers may keep, rounded down.
+    const auto first = [&](index_t count) {
+      return count * (2 * most * (layers - 1) - (most - least) * (count - 1)) / (2 * (layers - 1));
+    };
+    return first(layer + 1) - first(layer) + window;
+  }
   const index_t step = (most - least) / (layers - 1);
   return most - layer * step + window;
 }
 
 /// SnapKV with PyramidKV's capacity for a layer.
 inline snapkv_method pyramid(index_t layer, index_t layers, index_t kv_len,
-                             index_t capacity = 1024, token_t window = 32) {
-  return snapkv(pyramid_capacity(layer, layers, kv_len, capacity, window), window);
+                             index_t capacity = 1024, token_t window = 32,
+                             pyramid_steps steps = pyramid_steps::published) {
+  return snapkv(pyramid_capacity(layer, layers, kv_len, capacity, window, 20, steps), window);
 }
 
 }  // namespace sattn
