@@ -321,7 +321,8 @@ std::vector<cache_update> cache_updates(index_t tokens, index_t page_size, index
           {"evict_half", fill, evict}};
 }
 
-/// An update of a cache that keeps bounds, and of int8 means too, against a step over one head.
+/// An update of a cache whose last page is half full and that keeps bounds, and of int8 means too,
+/// against a step over one head.
 void run_update(benchmark::State& state, const setting& s, const cache_update& update,
                 dtype summaries, index_t kv_heads) {
   sattn::kv_cache_options options{.kv_heads = kv_heads,
@@ -334,6 +335,7 @@ void run_update(benchmark::State& state, const setting& s, const cache_update& u
   const std::vector<float> rows = bench::random_floats(1024 * kv_heads * s.dim, 3);
   const auto some = sattn::nhd<const float>(rows.data(), 1024, kv_heads, s.dim);
   for (index_t t = 0; t < s.tokens; t += 1024) cache.append(some, some);
+  cache.append(some.slice(0, s.page_size / 2), some.slice(0, s.page_size / 2));
   const auto token = some.slice(7, 8);
   const stored_caches caches = caches_of(s);
   decoder whole(caches, s);
@@ -379,7 +381,8 @@ void add_rows(const setting& s) {
   with("own_pages/density0.125", pages(s.page_size, 0.125));
 }
 void add_updates(const setting& s, dtype summaries, index_t kv_heads) {
-  for (const cache_update& update : cache_updates(s.tokens, s.page_size, kv_heads)) {
+  const index_t tokens = s.tokens + s.page_size / 2;
+  for (const cache_update& update : cache_updates(tokens, s.page_size, kv_heads)) {
     const auto name = text(update.name, '/', name_of(summaries), "/h", kv_heads);
     add(s, name, [=](auto& state, const setting& of) {
       run_update(state, of, update, summaries, kv_heads);

@@ -235,7 +235,7 @@ std::vector<decode_method> decode_methods() {
   };
   return {
       {"streaming", [=](context& ctx, const method_inputs& in, const stored_view&) {
-         return call(a_shape{4, budget_tokens - 4}, ctx, in);
+         return call(streaming(4, budget_tokens - 4), ctx, in);
        }},
       {"quest", [=](context& ctx, const method_inputs& in, const stored_view&) {
          return call(quest(budget_tokens), ctx, in);

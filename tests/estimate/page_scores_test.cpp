@@ -297,6 +297,18 @@ TEST(page_summaries, are_rounded_outwards) {
   EXPECT_GT(nearest_int8_fails, 100);
 }
 
+// The quotient of a key and a step would underflow in f32.
+TEST(page_summaries, in_int8_enclose_tiny_keys_beside_huge_ones) {
+  for (const float top : {1e4f, 3e38f}) {
+    const std::vector<float> keys = {top, 1e-45f, -top, -1e-45f, top, -1e-45f};
+    page_summaries s({2, 3, dtype::i8});
+    s.update(nhd(keys.data(), 3, 1, 2), 0);
+    EXPECT_LE(decoded(s, 0, 0, 1), -1e-45);
+    EXPECT_GE(decoded(s, 0, 1, 1), 1e-45);
+    EXPECT_GE(decoded(s, 0, 1, 0), double{top});
+  }
+}
+
 // Of keys of any size, those below what f16 has among them.
 TEST(page_summaries, hold_means_rounded_to_the_nearest) {
   const seed_trace trace;

@@ -175,7 +175,7 @@ quest_method within_spread(const decode_step& step, index_t budget) {
 std::vector<decode_preset> presets() {
   using s = decode_step;
   return {
-      {"streaming", plan_by([](const s&, index_t b) { return a_shape{4, token_t(b)}; }),
+      {"streaming", plan_by([](const s&, index_t b) { return streaming(4, token_t(b)); }),
        streaming_keys},
       {"duo", plan_by([](const s&, index_t b) { return duo{{true, false}, 4, token_t(b)}; }),
        [](const asked& a) { return a.head < 2 ? all_keys(a) : streaming_keys(a); }},

@@ -637,7 +637,7 @@ TEST(scored_tokens, choose_by_the_scores_given) {
   random_source random;
   all_contexts contexts;
   const attention_problem p = prompt(random, 90, 2, 1);
-  score_tensor scores(1, 90, 90, -infinity);
+  score_tensor scores(1, 90, 90, 9.0f);  // of keys that a row may not see, too
   // As a sum of rectified products: many zeros, so that ties decide.
   for (index_t row = 0; row < 90; ++row) {
     for (index_t key = 0; key <= row; ++key) {

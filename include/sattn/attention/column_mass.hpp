@@ -194,6 +194,7 @@ inline void add_row_mass(const attention_sequence& s, const mass_work& work, ind
 
   const auto locate = [&](readable_rows& to, const token_t* of, index_t count) {
     to.locate_k(of, count, k, s.kv, kernels);
+    to.v.type = to.k.type;
   };
   const auto add_chunk = [&](const key_chunk& chunk, const readable_rows& pointers,
                              const readable_rows& after) {

@@ -10,8 +10,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <new>
-#include <span>
 
 namespace sattn::detail {
 

@@ -193,8 +193,8 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   }
 }
 
-/// How many of the best candidates reach the target mass, or exceed it. Sorts no more of them than
-/// a few times as many.
+/// How many of the best candidates reach the target mass, or exceed it. Sorts 64 of them or
+/// at most a few times as many as that.
 inline index_t selector::covering(std::span<std::uint64_t> candidates,
                                   std::span<const float> scores, double target, bool beyond) {
   const auto first = candidates.begin();

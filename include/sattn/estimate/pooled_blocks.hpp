@@ -128,7 +128,8 @@ inline score_tensor pooled_block_scores(context& ctx, const attention_shape& sha
 /// The best blocks of every row of blocks, from any scores [sets, q_blocks, k_blocks].
 ///
 /// Protected units count in key blocks; `diagonal` blocks are those that hold the rows' own
-/// positions. Blocks without a legal pair are not chosen, whatever their score.
+/// positions. Blocks without a pair that `legal`, the domain of the plan, allows are not chosen,
+/// whatever their score.
 /// Throws: shape_error if the scores do not fit the shape and block sizes.
 inline block_lists select_blocks(const attention_shape& shape, const score_tensor& scores,
                                  const selection& rule, token_t q_block = 64,

@@ -31,22 +31,18 @@ struct located_rows {
     return reads(reader, view.type) ? 0 : chunk_keys * view.dim;
   }
 
-  /// key_count > 0.
-  void locate(const token_t* keys, index_t key_count, const row_source& source) {
+  /// In a type that the reader reads: other rows are widened to f32 in `room`. key_count > 0.
+  void locate(const token_t* keys, index_t key_count, const row_source& source, row_reader reader,
+              index_t dim, const kernel_table& kernels, float* room) {
     count = key_count;
     type = source.type;
     source.locate(keys, count, rows.data());
     if (has_row_scale(type)) source.read_scales(keys, count, scales.data());
-    pad();
-  }
-  /// The same in a type that the reader reads: other rows are widened to f32 in `room`.
-  void locate(const token_t* keys, index_t key_count, const row_source& source, row_reader reader,
-              index_t dim, const kernel_table& kernels, float* room) {
-    locate(keys, key_count, source);
-    if (reads(reader, type)) return;
-    kernels.load_rows({rows.data(), scales.data(), type, count, dim, room});
-    for (index_t i = 0; i < count; ++i) rows[static_cast<std::size_t>(i)] = room + i * dim;
-    type = dtype::f32;
+    if (!reads(reader, type)) {
+      kernels.load_rows({rows.data(), scales.data(), type, count, dim, room});
+      for (index_t i = 0; i < count; ++i) rows[static_cast<std::size_t>(i)] = room + i * dim;
+      type = dtype::f32;
+    }
     pad();
   }
   /// Repeats the last row behind the others.

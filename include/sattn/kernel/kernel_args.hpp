@@ -137,7 +137,7 @@ struct rows_args {
 
 /// The probabilities of a chunk of keys, summed over some query rows.
 struct rows_mass_args {
-  rows_args rows;                // V and the states are not read
+  rows_args rows;                // V and the states are not read, v_type is K's
   const float* log_sums;         // [queries], their sinks included; +inf for a row without keys
   const std::uint16_t* columns;  // [queries]: the column that a query counts in
   index_t column_count;
@@ -146,7 +146,7 @@ struct rows_mass_args {
 
 /// Scores of a chunk of keys, row by row.
 struct rows_scores_args {
-  rows_args rows;  // V and the states are not read
+  rows_args rows;  // V and the states are not read, v_type is K's
   float* scores;   // of query i and key j at [i * stride + j]
   index_t stride;
 };

@@ -245,12 +245,13 @@ class page_summaries {
       scale = std::max(std::ldexp(1.0f, std::ilogb(std::max(top, least)) - 6), least);
       if (std::ceil(top / scale) > 127.0f) scale *= 2.0f;
     }
-    const auto step = [](float x) { return static_cast<std::int8_t>(x); };
+    const auto step = [](double x) { return static_cast<std::int8_t>(x); };
     const auto nearest = [&](float x) {
       return step(std::clamp(std::nearbyint(x / scale), -127.0f, 127.0f));
     };
-    const auto below = [&](float x) { return step(std::floor(x / scale)); };
-    const auto above = [&](float x) { return step(std::ceil(x / scale)); };
+    // In double, where the quotient by a power of two neither rounds nor underflows.
+    const auto below = [&](float x) { return step(std::floor(double{x} / double{scale})); };
+    const auto above = [&](float x) { return step(std::ceil(double{x} / double{scale})); };
     each(reinterpret_cast<std::int8_t*>(tile), below, above, nearest);
     scales(tile)[lane] = scale;
   }

@@ -21,7 +21,6 @@
 #include <memory>
 #include <optional>
 #include <span>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -102,8 +101,7 @@ class paged_kv_cache {
   ///
   /// Shapes: k [n, kv_heads, head_dim], v [n, kv_heads, v_dim], f32.
   /// Throws: shape_error if extents differ, or a type meets a number that it cannot express
-  /// (can_store_row);
-  /// capacity_error where the store has too few free pages; std::bad_alloc.
+  /// (can_store_row); capacity_error where the store has too few free pages; std::bad_alloc.
   /// Cost: the rows, and copies of the last pages where they are shared.
   void append(const tensor_view<const float>& k, const tensor_view<const float>& v) {
     check_rows(k, v);
@@ -141,9 +139,9 @@ class paged_kv_cache {
     summaries_.swap(cut);
   }
 
-  /// Keeps of each head the keys that its list names, ascending, and gives the other pages back to
-  /// the store, for all its sequences;
-  /// key i of a head then is what was key keep[head][i]. Lengths may differ from head to head.
+  /// Keeps of each head the keys that its list names, ascending; key i of a head then is what was
+  /// key keep[head][i]. Other pages go back to the store, for all its sequences. Lengths may differ
+  /// from head to head.
   /// Throws: shape_error unless there is a list for each head, ascending and of keys that exist;
   /// capacity_error where pages that forks share must be copied and too few are free.
   /// Source: what SnapKV (arXiv:2404.14469) and Ada-KV (arXiv:2407.11550) do with their choices.

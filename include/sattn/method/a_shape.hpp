@@ -17,6 +17,9 @@ struct a_shape {
   }
 };
 
+/// The same by the name that decoding has for it: 4 sinks and a window.
+inline a_shape streaming(token_t sinks, token_t window) { return {sinks, window}; }
+
 /// The same, and the last rows of the call attend to everything.
 /// Source: tri-shape in SCBench (arXiv:2412.10319) and MInference's code.
 struct tri_shape {

@@ -59,7 +59,7 @@ struct xattention {
 
 /// Blocks by scores that come from elsewhere: a learned gate or an indexer of blocks.
 /// Shapes: scores [sets, ceil(q_len / q_block), ceil(kv_len / k_block)], sets = 1, kv_heads or
-/// q_heads; -inf where no pair is legal. Refers to the scores.
+/// q_heads. Blocks without a legal pair are not chosen. Refers to the scores.
 /// Source: SeerAttention (arXiv:2410.13276), MoBA (arXiv:2502.13189) choose so.
 struct scored_blocks {
   const score_tensor& scores;

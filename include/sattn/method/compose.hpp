@@ -87,7 +87,7 @@ class reused {
   std::vector<std::optional<chosen>> groups_;
 };
 
-/// A method for each layer, of_layer(layer): budgets by layer, of which one beyond the length runs
+/// A method for each layer, of_layer(layer): budgets by layer. A budget beyond the length runs
 /// dense.
 template <class F>
 struct by_layer {

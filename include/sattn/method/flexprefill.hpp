@@ -73,13 +73,16 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
                                                  in.rules(head_reduce::none));
   const score_tensor pooled = pooled_block_scores(
       ctx, shape, in.q, in.k, {block_size, block_size, true, in.rules(head_reduce::none)});
-  // The switch compares means with sums of the same rows, however many the last block holds.
-  attention_shape of_last = shape;
-  of_last.q_len = std::min<index_t>(block_size, shape.q_len);
-  of_last.q_offset += static_cast<token_t>(shape.q_len - of_last.q_len);
-  const score_tensor means = pooled_block_scores(
-      ctx, of_last, in.q.slice(shape.q_len - of_last.q_len, shape.q_len), in.k,
-      {block_size, block_size, true, in.rules(head_reduce::none)});
+  // The switch compares means with sums of the same rows: where the last block holds fewer, these
+  // have means of their own.
+  score_tensor means;
+  if (shape.q_len > block_size && shape.q_len % block_size != 0) {
+    attention_shape of_last = shape;
+    of_last.q_len = block_size;
+    of_last.q_offset += static_cast<token_t>(shape.q_len - block_size);
+    means = pooled_block_scores(ctx, of_last, in.q.slice(shape.q_len - block_size, shape.q_len),
+                                in.k, {block_size, block_size, true, in.rules(head_reduce::none)});
+  }
   const index_t rows = pooled.rows;
   const index_t cols = pooled.cols;
   block_lists lists{block_size, block_size, {0}, {}, shape.q_heads};
@@ -90,7 +93,8 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
   for (index_t head = 0; head < shape.q_heads; ++head) {
     const std::vector<float> vertical = by_block(sums.columns.row(head, 0), block_size);
     const std::vector<float> slash = by_block(sums.distances.row(head, 0), block_size);
-    const std::span<const float> last = means.row(head, 0);
+    const std::span<const float> last =
+        means.rows > 0 ? std::as_const(means).row(head, 0) : pooled.row(head, rows - 1);
     std::vector<float> estimate(last.begin(), last.end());
     for (float& x : estimate) x = std::max(x, 0.0f);  // not legal
     const bool query_aware = jensen_shannon_distance(estimate, vertical) < divergence_limit;

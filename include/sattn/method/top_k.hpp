@@ -6,6 +6,7 @@
 #include <sattn/method/method.hpp>
 #include <sattn/pattern/basic.hpp>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -23,10 +24,10 @@ struct top_k_method {
   /// Throws: shape_error if a shadow has other extents than the keys.
   token_lists choose(context& ctx, const method_inputs& in) const {
     const stored_view& keys = shadow ? *shadow : in.k;
-    if (in.shape.q_len > in.shape.group_size()) {
+    // Few rows: four heads of a row at a time instead of 16 rows of a head.
+    if (in.shape.q_len > 4 * std::min<index_t>(in.shape.group_size(), 4)) {
       return select_tokens(ctx, in.shape, in.q, keys, tokens, in.rules(reduce));
     }
-    // A few rows: their heads fill the lanes better than they do.
     const attention_plan all =
         plan_prefill(ctx, in.shape, dense{}, {.legal = in.legal, .tile_rows = 1});
     return select_listed(ctx, all, in.q, keys, tokens, in.rules(reduce));
@@ -77,8 +78,8 @@ inline top_k_method twilight(double coverage = 0.85,
 }
 
 /// The best keys of every row by scores that come from elsewhere: a learned indexer of tokens.
-/// Shapes: scores [sets, q_len, kv_len], sets = 1, kv_heads or q_heads; -inf where a row may not
-/// look. Refers to the scores.
+/// Shapes: scores [sets, q_len, kv_len], sets = 1, kv_heads or q_heads. Keys that a row may not see
+/// are not chosen, whatever their score. Refers to the scores.
 /// Source: DeepSeek Sparse Attention chooses so, 2,048 keys for all heads.
 struct scored_tokens {
   const score_tensor& scores;
@@ -98,8 +99,11 @@ struct scored_tokens {
     for (index_t set = 0; set < scores.sets; ++set) {
       for (index_t row = 0; row < scores.rows; ++row) {
         const token_t own = in.shape.position(row);
-        choose_keys.choose(scores.row(set, row), tokens, {own, own + 1}, chosen);
-        lists.tokens.insert(lists.tokens.end(), chosen.begin(), chosen.end());
+        const key_range legal = in.legal.legal(own, in.shape.kv_len);
+        choose_keys.choose(scores.row(set, row).subspan(static_cast<std::size_t>(legal.begin),
+                                                        static_cast<std::size_t>(legal.size())),
+                           tokens, {own - legal.begin, own + 1 - legal.begin}, chosen);
+        for (const token_t key : chosen) lists.tokens.push_back(legal.begin + key);
         lists.indptr.push_back(std::ssize(lists.tokens));
       }
     }
