@@ -5,6 +5,7 @@
 
 #include <sattn/core/error.hpp>
 #include <sattn/kv/stored_view.hpp>
+#include <sattn/method/method.hpp>
 #include <sattn/plan/domain.hpp>
 
 #include <algorithm>
@@ -33,6 +34,7 @@ struct layer {
   tensor v;  // [kv_len, kv_heads, v_dim]
 
   sattn::kv_view kv() const { return sattn::kv(k.view(), v.view()); }
+  sattn::method_inputs inputs() const { return {shape(), q.view(), kv().k}; }
   sattn::attention_shape shape() const {
     return {q.tokens, k.tokens, q.heads, k.heads, static_cast<sattn::token_t>(k.tokens - q.tokens)};
   }

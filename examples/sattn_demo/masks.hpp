@@ -156,8 +156,8 @@ inline void write_masks(const std::filesystem::path& file, sattn::context& ctx, 
   for (const method& m : methods) {
     if (!m.pictured) continue;
     const sattn::attention_plan plan =
-        sattn::plan_prefill(ctx, shape, m.estimate(ctx, l), m.options);
-    picture.write(gap, y + 4, m.pattern + " " + m.budget);
+        sattn::plan_prefill(ctx, shape, m.choose(ctx, {l.inputs()}), m.options);
+    picture.write(gap, y + 4, m.name + " " + m.budget);
     ctx.executor().parallel_for(shape.q_heads, [&](index_t head, index_t) {
       draw_panel(picture, gap + head * (panel + gap), y + 2 * text_line, plan, head);
     });

@@ -20,10 +20,11 @@ inline constexpr index_t reference_rows = 64;
 inline constexpr double not_measured = std::numeric_limits<double>::infinity();
 
 struct measurement {
-  std::string pattern;
+  phase when;
+  std::string name;
   std::string budget;
   sattn::plan_stats stats = {};
-  // Milliseconds, each the best of all repeats.
+  // Milliseconds, each the best of all repeats: of the prompt, or of a token.
   double estimate_ms = not_measured;
   double plan_ms = not_measured;
   double ms = not_measured;        // the attention alone
@@ -32,7 +33,10 @@ struct measurement {
   double recall = 0.0;  // attention mass of the selected keys, mean over rows and heads
 
   double speedup() const { return dense_ms / ms; }
-  double speedup_end_to_end() const { return dense_ms / (estimate_ms + plan_ms + ms); }
+  /// A cache is cut once, behind the prompt, and not for each token.
+  double speedup_end_to_end() const {
+    return when == phase::cache ? speedup() : dense_ms / (estimate_ms + plan_ms + ms);
+  }
 };
 
 /// Lowers `best` to the milliseconds that `work` takes.
@@ -44,7 +48,7 @@ void take_time(double& best, F&& work) {
   best = std::min(best, std::chrono::duration<double, std::milli>(clock::now() - start).count());
 }
 
-/// Measures one layer. Refers to the context and the layer.
+/// Measures one layer as a prompt. Refers to the context and the layer.
 class layer_bench {
  public:
   layer_bench(context& ctx, const layer& l, int repeats)
@@ -59,18 +63,18 @@ class layer_bench {
   }
 
   measurement run(const method& method) {
-    measurement m{.pattern = method.pattern, .budget = method.budget};
+    measurement m{.when = method.when, .name = method.name, .budget = method.budget};
     sattn::attention_plan plan;
     for (int i = 0; i < repeats_; ++i) {
       std::optional<any_pattern> pattern;
-      take_time(m.estimate_ms, [&] { pattern = method.estimate(ctx_, layer_); });
+      take_time(m.estimate_ms, [&] { pattern = method.choose(ctx_, {layer_.inputs()}); });
       take_time(m.plan_ms, [&] {
         sattn::plan_prefill_into(ctx_, plan, layer_.shape(), *pattern, method.options);
       });
       take_time(m.dense_ms, [&] { attend(dense_plan_, dense_); });
       take_time(m.ms, [&] { attend(plan, sparse_); });
     }
-    if (method.pattern == "dense") m.ms = m.dense_ms = std::min(m.ms, m.dense_ms);
+    if (method.name == "dense") m.ms = m.dense_ms = std::min(m.ms, m.dense_ms);
     m.stats = plan.stats();
     m.rel_error = relative_error(reference_, sparse_.out_view(layer_));
     m.recall = recall();

@@ -3,108 +3,183 @@
 
 #include "layer.hpp"
 
-#include <sattn/attention/plan.hpp>
-#include <sattn/estimate/last_queries.hpp>
-#include <sattn/estimate/pooled_blocks.hpp>
-#include <sattn/estimate/row_scores.hpp>
+#include <sattn/method/a_shape.hpp>
+#include <sattn/method/block_sparse.hpp>
+#include <sattn/method/eviction.hpp>
+#include <sattn/method/flexprefill.hpp>
+#include <sattn/method/quest.hpp>
+#include <sattn/method/snapkv.hpp>
+#include <sattn/method/top_k.hpp>
+#include <sattn/method/vertical_slash.hpp>
 
+#include <array>
 #include <functional>
+#include <numeric>
 #include <set>
+#include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace demo {
 
 using sattn::any_pattern;
-using sattn::budget;
 using sattn::context;
 using sattn::token_t;
 
-/// One line of the table: a sparse pattern at one budget.
+/// When a method chooses: for a whole prompt, for each token that follows, or once behind the
+/// prompt, what its cache keeps.
+enum class phase { prefill, decode, cache };
+
+inline constexpr std::array<const char*, 3> phase_names = {"prefill", "decode", "cache"};
+
+/// What a method looks at.
+struct sight {
+  sattn::method_inputs inputs;
+  sattn::stored_view copy = {};  // of the keys, in int8; for decoding
+  const sattn::attention_history* history = nullptr;  // of the prompt; for caches
+};
+
+/// One line of a table: a method at one budget.
 struct method {
-  std::string pattern;
+  phase when;
+  std::string name;
   std::string budget;
-  // Looks at q and k where the pattern needs that, and says what to keep.
-  std::function<any_pattern(context&, const layer&)> estimate;
+  std::function<any_pattern(context&, const sight&)> choose = {};
+  std::function<sattn::keep_lists(context&, const sight&)> choose_kept = {};  // of a cache
   sattn::plan_options options = {};
-  bool pictured = false;  // stands for its pattern in the picture of masks
+  bool pictured = false;  // in the picture of masks
 };
 
 inline constexpr const char* budget_legend =
-    "w: window behind 4 sink keys; b: key blocks of 64 per 64 rows; v, s: columns and diagonals; "
-    "k: keys per row";
+    "w: window behind 4 sink keys; v, s: columns and diagonals; b: blocks a row of blocks; "
+    "p: share of\nthe estimated attention; k: keys per row, or that a head keeps";
 
-inline constexpr token_t sink_keys = 4;
-inline constexpr token_t local_distances = 16;
-// Every query head chooses for itself: the same density recalls more than a choice per kv head.
-inline constexpr sattn::logit_rules own_heads{.reduce = sattn::head_reduce::none};
-
-inline method window(token_t size) {
-  return {"sink-window", "w=" + std::to_string(size), [=](context&, const layer&) {
-            return any_pattern(sattn::sink{sink_keys} | sattn::sliding_window{size});
-          }};
-}
-
-inline method block_top_k(index_t blocks) {
-  const sattn::selection rule{budget::fixed(blocks), {.first = 1, .diagonal = true}};
-  return {"block-top-k", "b=" + std::to_string(blocks), [=](context& ctx, const layer& l) {
-            const sattn::score_tensor scores = sattn::pooled_block_scores(
-                ctx, l.shape(), l.q.view(), l.k.view(), {.rules = own_heads});
-            return any_pattern(sattn::select_blocks(l.shape(), scores, rule));
-          }};
-}
-
-inline method vertical_slash(index_t columns, index_t distances, sattn::rounding rounding) {
-  const sattn::selection column_rule{budget::fixed(columns), {.first = sink_keys}};
-  const sattn::selection distance_rule{budget::fixed(distances), {.first = local_distances}};
-  return {rounding == sattn::rounding::exact ? "vertical-slash" : "vertical-slash-cover",
-          "v=" + std::to_string(columns) + " s=" + std::to_string(distances),
-          [=](context& ctx, const layer& l) {
-            const sattn::last_query_sums sums =
-                sattn::last_query_scores(ctx, l.shape(), l.q.view(), l.k.view(), 64, own_heads);
-            return any_pattern(sattn::select_vertical_slash(sums, column_rule, distance_rule));
-          },
-          {.rounding = rounding}};
-}
-
-inline method token_top_k(index_t keys) {
-  return {"token-top-k", "k=" + std::to_string(keys), [=](context& ctx, const layer& l) {
-            return any_pattern(sattn::select_tokens(ctx, l.shape(), l.q.view(), l.k.view(),
-                                                    {budget::fixed(keys)}, own_heads));
-          }};
-}
-
-/// Every pattern at every budget, one pattern after the other. Dense attention comes first.
-inline std::vector<method> all_methods() {
+inline std::vector<method> prefill_methods() {
+  std::vector<method> all;
   using enum sattn::rounding;
-  std::vector<method> methods = {
-      {"dense", "all", [](context&, const layer&) { return any_pattern(sattn::dense{}); }},
-      window(128),
-      window(256),
-      window(512),
-      window(1024),
-      window(2048),
-      block_top_k(4),
-      block_top_k(8),
-      block_top_k(16),
-      block_top_k(32)};
-  for (const sattn::rounding rounding : {exact, cover}) {
-    methods.push_back(vertical_slash(64, 64, rounding));
-    methods.push_back(vertical_slash(512, 64, rounding));
-    methods.push_back(vertical_slash(512, 128, rounding));
-    methods.push_back(vertical_slash(1024, 256, rounding));
+  const auto add = [&](const char* name, std::string budget, auto chosen, bool pictured = false,
+                       sattn::rounding rounding = exact) {
+    const auto choose = [=](context& ctx, const sight& seen) {
+      return any_pattern(chosen.choose(ctx, seen.inputs));
+    };
+    all.push_back({phase::prefill, name, std::move(budget), choose, {}, {.rounding = rounding},
+                   pictured});
+  };
+  const auto number = [](const char* what, auto value) {
+    std::ostringstream text;
+    text << what << '=' << value;
+    return text.str();
+  };
+  for (const token_t w : {128, 256, 512, 1024, 2048}) {
+    add("a_shape", number("w", w), sattn::a_shape{4, w}, w == 512);
   }
-  for (const index_t keys : {32, 64, 128, 256, 512, 1024}) methods.push_back(token_top_k(keys));
-  for (method& m : methods) {
-    m.pictured = m.budget == "w=512" || m.budget == "b=8" || m.budget == "v=512 s=128" ||
-                 m.budget == "k=256";
+  for (const token_t w : {256, 1024}) {
+    add("tri_shape", number("w", w), sattn::tri_shape{4, w});
   }
-  return methods;
+  struct columns_and_distances {
+    token_t v, s;
+  };
+  for (const auto& [v, s] : {columns_and_distances{64, 64}, {512, 64}, {512, 128}, {1024, 256}}) {
+    add("sf_vertical_slash", number("v", v) + number(" s", s), sattn::sf_vertical_slash(v, s),
+        v == 512 && s == 128);
+  }
+  for (const auto& [v, s] : {columns_and_distances{64, 128}, {512, 128}, {1024, 256}}) {
+    add("minference (cover)", number("v", v) + number(" s", s), sattn::minference(v, s), false,
+        cover);
+  }
+  for (const double p : {0.65, 0.8, 0.9}) {
+    add("sf_flexprefill", number("p", p), sattn::sf_flexprefill(p, 512, 64));
+  }
+  for (const double p : {0.65, 0.8, 0.9}) {
+    add("flexprefill", number("p", p), sattn::flexprefill{.coverage = p, .min_budget = 128});
+  }
+  for (const double p : {0.65, 0.8, 0.9}) {
+    add("xattention", number("p", p), sattn::xattention{16, p, 64});
+  }
+  for (const index_t b : {16, 32, 64, 128}) {
+    add("sf_block_sparse", number("b", b), sattn::sf_block_sparse(16, b));
+  }
+  for (const index_t b : {4, 8, 16, 32}) {
+    add("minference_block", number("b", b), sattn::minference_block(b), b == 8);
+  }
+  for (const index_t k : {64, 256, 1024}) add("top_k", number("k", k), sattn::top_k(k), k == 256);
+  return all;
 }
 
-inline std::set<std::string> pattern_names(const std::vector<method>& methods) {
+inline std::vector<method> decode_methods() {
+  std::vector<method> all;
+  const auto add = [&](const char* name, auto made_for) {
+    for (const index_t k : {128, 256, 512, 1024}) {
+      all.push_back({phase::decode, name, "k=" + std::to_string(k),
+                     [=](context& ctx, const sight& seen) {
+                       return any_pattern(made_for(k, seen.copy).choose(ctx, seen.inputs));
+                     }});
+    }
+  };
+  using copy = sattn::stored_view;
+  add("streaming",
+      [](index_t k, const copy&) { return sattn::streaming(4, static_cast<token_t>(k - 4)); });
+  add("quest", [](index_t k, const copy&) { return sattn::quest(k); });
+  add("sf_quest", [](index_t k, const copy&) { return sattn::sf_quest(k); });
+  add("twilight of sf_quest", [](index_t k, const copy& keys) {
+    return sattn::twilight(sattn::sf_quest(k), 0.85, keys);
+  });
+  add("shadow_top_k", [](index_t k, const copy& keys) { return sattn::shadow_top_k(k, keys); });
+  add("top_k", [](index_t k, const copy&) { return sattn::top_k(k); });
+  return all;
+}
+
+inline std::vector<method> cache_methods() {
+  std::vector<method> all;
+  const auto add = [&](const char* name, auto kept) {
+    for (const index_t k : {256, 512, 1024}) {
+      all.push_back({phase::cache, name, "k=" + std::to_string(k), {},
+                     [=](context& ctx, const sight& seen) { return kept(ctx, seen, k); }});
+    }
+  };
+  const auto add_made = [&](const char* name, auto make) {
+    add(name, [=](context& ctx, const sight& seen, index_t k) {
+      return make(k).choose_kept(ctx, seen.inputs);
+    });
+  };
+  add_made("snapkv", [](index_t k) { return sattn::snapkv(k); });
+  add_made("sf_snapkv", [](index_t k) { return sattn::sf_snapkv(k); });
+  add_made("ada_snapkv", [](index_t k) { return sattn::ada_snapkv(k); });
+  add_made("sf_ada_snapkv", [](index_t k) { return sattn::sf_ada_snapkv(k); });
+  add("pyramid (20 of 30)", [](context& ctx, const sight& seen, index_t k) {
+    return sattn::pyramid(20, 30, seen.inputs.shape.kv_len, k).choose_kept(ctx, seen.inputs);
+  });
+  add_made("tova", [](index_t k) { return sattn::tova{k}; });
+  add("h2o", [](context&, const sight& seen, index_t k) {
+    return sattn::h2o{k / 2, k / 2}.choose_kept(*seen.history);
+  });
+  return all;
+}
+
+/// Every method at several budgets; in each phase dense attention comes first.
+inline std::vector<method> all_methods() {
+  const auto dense = [](context&, const sight&) { return any_pattern(sattn::dense{}); };
+  const auto keep_all = [](context&, const sight& seen) {
+    std::vector<token_t> list(static_cast<std::size_t>(seen.inputs.shape.kv_len));
+    std::iota(list.begin(), list.end(), 0);
+    return sattn::keep_lists(static_cast<std::size_t>(seen.inputs.shape.kv_heads), list);
+  };
+  std::vector<method> all = {{phase::prefill, "dense", "all", dense}};
+  const auto append = [&](const std::vector<method>& more) {
+    all.insert(all.end(), more.begin(), more.end());
+  };
+  append(prefill_methods());
+  append({{phase::decode, "dense", "all", dense}});
+  append(decode_methods());
+  append({{phase::cache, "dense", "all", {}, keep_all}});
+  append(cache_methods());
+  return all;
+}
+
+inline std::set<std::string> method_names(const std::vector<method>& methods) {
   std::set<std::string> names;
-  for (const method& m : methods) names.insert(m.pattern);
+  for (const method& m : methods) names.insert(m.name);
   return names;
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "measure.hpp"
+#include "steps.hpp"
 
 #include <unistd.h>
 
@@ -24,7 +24,7 @@ inline void print_step(const std::string& what) {
   }
 }
 
-/// The head of a layer's table.
+/// The head of a layer's tables.
 inline void print_heading(const layer& l, const context& ctx, int repeats) {
   const sattn::attention_shape s = l.shape();
   std::printf(
@@ -32,15 +32,29 @@ inline void print_heading(const layer& l, const context& ctx, int repeats) {
       "causal; %s, %td threads, best of %d\n",
       l.name.c_str(), s.q_len, s.kv_len, s.q_heads, s.kv_heads, l.q.dim, ctx.kernel_table().name,
       ctx.executor().concurrency(), repeats);
-  std::printf("%s\n\n", budget_legend);
-  std::printf("%-20s %-12s %8s %8s %7s %9s %9s %8s %11s %8s %10s\n", "pattern", "budget",
+  std::printf("%s\n", budget_legend);
+}
+
+/// The head of a table.
+inline void print_phase(phase when, const layer& l) {
+  const index_t steps = step_bench::steps_of(l);
+  switch (when) {
+    case phase::prefill: std::printf("\nPrefill: all queries at once.\n"); break;
+    case phase::decode:
+      std::printf("\nDecode: the last %td tokens one by one; times of one.\n", steps);
+      break;
+    case phase::cache:
+      std::printf("\nCache: cut once behind the prompt (estimate, plan: evict), then the last %td "
+                  "tokens one by one.\n", steps);
+  }
+  std::printf("%-23s %-12s %8s %8s %7s %9s %9s %8s %11s %8s %10s\n", "method", "budget",
               "selected", "executed", "recall", "rel error", "time ms", "speed-up", "estimate ms",
               "plan ms", "end to end");
 }
 
 inline void print_line(const measurement& m) {
-  std::printf("%-20s %-12s %7.2f%% %7.2f%% %7.4f %9.1e %9.2f %7.2fx %11.2f %8.2f %9.2fx\n",
-              m.pattern.c_str(), m.budget.c_str(), 100.0 * m.stats.density_selected(),
+  std::printf("%-23s %-12s %7.2f%% %7.2f%% %7.4f %9.1e %9.3f %7.2fx %11.3f %8.3f %9.2fx\n",
+              m.name.c_str(), m.budget.c_str(), 100.0 * m.stats.density_selected(),
               100.0 * m.stats.density_executed(), m.recall, m.rel_error, m.ms, m.speedup(),
               m.estimate_ms, m.plan_ms, m.speedup_end_to_end());
   std::fflush(stdout);
@@ -50,7 +64,8 @@ inline void print_line(const measurement& m) {
 inline void print_json(const std::string& layer_name, const measurement& m) {
   const nlohmann::ordered_json line = {
       {"layer", layer_name},
-      {"pattern", m.pattern},
+      {"phase", phase_names[static_cast<std::size_t>(m.when)]},
+      {"method", m.name},
       {"budget", m.budget},
       {"density_selected", m.stats.density_selected()},
       {"density_executed", m.stats.density_executed()},
@@ -68,8 +83,8 @@ inline void print_json(const std::string& layer_name, const measurement& m) {
   std::fflush(stdout);
 }
 
-/// Where dense attention wins over one pattern, in words.
-inline void print_pattern(const measurement& dense,
+/// Where dense attention wins over one method, in words.
+inline void print_method(const measurement& dense,
                           const std::vector<const measurement*>& budgets) {
   const auto append = [](std::string& list, const std::string& item) {
     list += (list.empty() ? "" : ", ") + item;
@@ -89,7 +104,7 @@ inline void print_pattern(const measurement& dense,
       overhead = std::min(overhead, (m->estimate_ms + m->plan_ms) / m->dense_ms);
     }
   }
-  std::printf("- %s:", budgets.front()->pattern.c_str());
+  std::printf("- %s:", budgets.front()->name.c_str());
   if (slow_runs.empty() && slow_in_all.empty()) std::printf(" nowhere");
   if (!slow_runs.empty()) {
     std::printf(
@@ -110,21 +125,21 @@ inline void print_pattern(const measurement& dense,
 /// best choice otherwise. The first measurement is dense.
 inline void print_conclusions(const std::vector<measurement>& all) {
   std::printf(
-      "\nA speed-up is over runs of dense attention taken in turn with the pattern's own; "
+      "\nA speed-up is over runs of dense attention taken in turn with the method's own; "
       "\"end to end\" adds estimate and plan.\nWhere dense attention is faster:\n");
   const measurement* best = &all.front();
   for (std::size_t i = 1; i < all.size();) {
     std::vector<const measurement*> budgets;
-    const std::string& pattern = all[i].pattern;
-    for (; i < all.size() && all[i].pattern == pattern; ++i) {
+    const std::string& name = all[i].name;
+    for (; i < all.size() && all[i].name == name; ++i) {
       budgets.push_back(&all[i]);
       const bool faster = all[i].speedup_end_to_end() > best->speedup_end_to_end();
       if (all[i].recall >= good_recall && faster) best = &all[i];
     }
-    print_pattern(all.front(), budgets);
+    print_method(all.front(), budgets);
   }
-  std::printf("Fastest end to end with a recall of %.2f or more: %s %s, %.2f times dense.\n\n",
-              good_recall, best->pattern.c_str(), best->budget.c_str(), best->speedup_end_to_end());
+  std::printf("Fastest end to end with a recall of %.2f or more: %s %s, %.2f times dense.\n",
+              good_recall, best->name.c_str(), best->budget.c_str(), best->speedup_end_to_end());
 }
 
 }  // namespace demo
