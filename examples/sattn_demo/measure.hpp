@@ -48,6 +48,17 @@ void take_time(double& best, F&& work) {
   best = std::min(best, std::chrono::duration<double, std::milli>(clock::now() - start).count());
 }
 
+/// The share of the attention mass that rows keep, by their lse.
+inline double mean_recall(const std::vector<float>& sparse, const std::vector<float>& dense) {
+  double sum = 0.0;
+  for (std::size_t i = 0; i < sparse.size(); ++i) {
+    const double log_share = double{sparse[i]} - double{dense[i]};
+    // Rounding can lift the share above 1. A NaN of the input stays one.
+    sum += log_share > 0.0 ? 1.0 : std::exp(log_share);
+  }
+  return sum / static_cast<double>(sparse.size());
+}
+
 /// Measures one layer as a prompt. Refers to the context and the layer.
 class layer_bench {
  public:
@@ -77,7 +88,7 @@ class layer_bench {
     if (method.name == "dense") m.ms = m.dense_ms = std::min(m.ms, m.dense_ms);
     m.stats = plan.stats();
     m.rel_error = relative_error(reference_, sparse_.out_view(layer_));
-    m.recall = recall();
+    m.recall = mean_recall(sparse_.lse, dense_.lse);
     return m;
   }
 
@@ -98,17 +109,6 @@ class layer_bench {
     const sattn::tensor_view<float> lse =
         sattn::nhd(to.lse.data(), layer_.q.tokens, layer_.q.heads, 1);
     sattn::attend(ctx_, plan, layer_.q.view(), layer_.kv(), {to.out_view(layer_), lse});
-  }
-
-  double recall() const {
-    double sum = 0.0;
-    for (std::size_t i = 0; i < sparse_.lse.size(); ++i) {
-      const double log_share =
-          static_cast<double>(sparse_.lse[i]) - static_cast<double>(dense_.lse[i]);
-      // Rounding can lift the share above 1. A NaN of the input stays one.
-      sum += log_share > 0.0 ? 1.0 : std::exp(log_share);
-    }
-    return sum / static_cast<double>(sparse_.lse.size());
   }
 
   context& ctx_;

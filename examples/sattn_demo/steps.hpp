@@ -59,18 +59,14 @@ class step_bench {
       m.dense_ms = std::min(m.dense_ms, once.dense_ms);
     }
     if (method.name == "dense") m.ms = m.dense_ms = std::min(m.ms, m.dense_ms);
-    double difference = 0.0, size = 0.0, recall = 0.0;
+    double difference = 0.0, size = 0.0;
     for (std::size_t i = 0; i < dense_.out.size(); ++i) {
       const double d = double{sparse_.out[i]} - double{dense_.out[i]};
       difference += d * d;
       size += double{dense_.out[i]} * double{dense_.out[i]};
     }
-    for (std::size_t i = 0; i < dense_.lse.size(); ++i) {
-      const double log_share = double{sparse_.lse[i]} - double{dense_.lse[i]};
-      recall += log_share > 0.0 ? 1.0 : std::exp(log_share);
-    }
     m.rel_error = std::sqrt(difference / size);
-    m.recall = recall / static_cast<double>(dense_.lse.size());
+    m.recall = mean_recall(sparse_.lse, dense_.lse);
     return m;
   }
 
