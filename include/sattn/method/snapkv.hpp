@@ -108,14 +108,17 @@ inline snapkv_method sf_snapkv(index_t capacity = 1024, token_t approximation = 
           .keep = {.first = 4, .recent = 128}};
 }
 
-/// The defaults of Ada-KV's code: maxima of 7, and half of the budget split evenly. Its rounding
-/// can miss the total; here heads * capacity keys stay exactly.
+/// The defaults of Ada-KV's code: maxima of 7 of the mean of a group, and half of the budget split
+/// evenly. Its rounding can miss the total; here heads * capacity keys stay exactly. Left out are
+/// its `normalize`, which weighs the scores of a head by the share of its mass on its best keys
+/// before heads compete, and `skip`, first layers whose heads all keep as much: snapkv() there.
 inline snapkv_method ada_snapkv(index_t capacity = 1024, token_t window = 32,
                                 double uniform_share = 0.5) {
   return {.capacity = capacity,
           .last_queries = window,
           .pool_width = 7,
           .pool = pooling::maximum,
+          .pool_joined = true,
           .keep = {.recent = window},
           .adaptive = adaptive_budget{.uniform_share = uniform_share}};
 }
