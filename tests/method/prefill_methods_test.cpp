@@ -118,6 +118,19 @@ TEST(sf_flexprefill, chooses_by_the_formula) {
   EXPECT_GT(clear, 30);
 }
 
+// The paper's setting: no share, so that the least budget is all there is.
+TEST(sf_flexprefill, of_no_share_is_vertical_slash_with_the_least_budget) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const index_t len : {1, 100, 400, 1000}) {
+    const attention_problem p = prompt(random, len, 2, 1);
+    context& ctx = contexts.any();
+    EXPECT_EQ(masks_of(prefill_plan(ctx, p, sf_flexprefill(0, 512, 164))),
+              masks_of(prefill_plan(ctx, p, sf_vertical_slash(164, 164, 512))));
+  }
+}
+
 TEST(minference_heads, choose_as_each_setting_says) {
   const seed_trace trace;
   random_source random;
@@ -339,7 +352,7 @@ TEST(flexprefill, chooses_by_the_formula) {
       for (index_t t = 0; t < block; ++t) p.k.row(t, 1)[d] += hidden ? 0.0f : 1.0f;
       if (hidden) p.k.row(10, 1)[d] = 4;
     }
-    flexprefill m{.coverage = random.pick({0.5, 0.8}), .block_size = token_t(block)};
+    flexprefill m{.coverage = random.pick({0.0, 0.5, 0.8}), .block_size = token_t(block)};
     m.min_budget = token_t(random.pick<index_t>({1, block, block + 5, 2 * block}));
     m.max_budget = random.pick({3 * m.block_size, 100'000});
     m.divergence_limit = random.pick({0.05, 0.3});

@@ -41,9 +41,11 @@ class budget {
     require(mass > 0.0 && mass <= 1.0, "budget: coverage ", mass, " is outside (0, 1]");
     return {kind::coverage, 0, mass, 0.0};
   }
-  /// The same where the scores must exceed the share, which takes one unit more at a tie.
+  /// The same where the scores must exceed the share, which takes one unit more at a tie, and one
+  /// for a share of 0. Throws: shape_error unless within [0, 1].
   static budget coverage_above(double mass) {
-    budget b = coverage(mass);
+    require(mass >= 0.0 && mass <= 1.0, "budget: coverage ", mass, " is outside [0, 1]");
+    budget b{kind::coverage, 0, mass, 0.0};
     b.beyond_ = true;
     return b;
   }

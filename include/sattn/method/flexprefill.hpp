@@ -34,7 +34,7 @@ struct flexprefill {
   token_t max_budget = std::numeric_limits<token_t>::max();
   token_t block_size = 128;
 
-  /// Throws: shape_error unless coverage is in (0, 1], block_size positive and budgets in order.
+  /// Throws: shape_error unless coverage is in [0, 1], block_size positive and budgets in order.
   any_pattern choose(context& ctx, const method_inputs& in) const;
 
  private:
@@ -60,8 +60,8 @@ inline index_t flexprefill::blocks_for(std::span<const float> values) const {
 }
 
 inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) const {
-  require(coverage > 0.0 && coverage <= 1.0, "flexprefill: coverage ", coverage,
-          " is outside (0, 1]");
+  require(coverage >= 0.0 && coverage <= 1.0, "flexprefill: coverage ", coverage,
+          " is outside [0, 1]");
   require(block_size > 0 && min_budget >= 0 && max_budget >= min_budget, "flexprefill: block_size ",
           block_size, ", budgets from ", min_budget, " to ", max_budget);
   const attention_shape& shape = in.shape;
@@ -119,7 +119,7 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
         }
       }
     }
-    if (query_aware) {
+    if (query_aware && coverage > 0.0) {
       // One pool for the head: every row of blocks has a mass of 1.
       const std::span<const float> all(pooled.values.data() + head * rows * cols,
                                        static_cast<std::size_t>(rows * cols));

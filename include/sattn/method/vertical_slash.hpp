@@ -81,7 +81,9 @@ inline vertical_slash_method sf_vertical_slash(token_t vertical = 512, token_t s
 
 /// The same with as many columns and distances as cover a share of the mass, at least min_budget:
 /// the FlexPrefill of The Sparse Frontier. The shares are of the mass of all columns and of all
-/// distances; what is protected takes places of the budget.
+/// distances; what is protected takes places of the budget. A share of 0, which the paper uses,
+/// leaves min_budget.
+/// Throws: shape_error unless coverage is in [0, 1] and min_budget is not negative.
 inline vertical_slash_method sf_flexprefill(double coverage = 0.65, token_t approximation = 512,
                                             token_t min_budget = 512) {
   using enum protection::counting;
