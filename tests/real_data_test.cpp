@@ -241,11 +241,7 @@ TEST_F(real_data, cache_methods_recall_more_than_random_keys_and_less_than_the_b
   const auto measure = [&](const std::string& name, const keep_lists& kept) {
     attention_shape shape = shape_of(layer.q(prompt, n), layer.kv(prompt));
     shape.q_offset = prompt;
-    per_head heads;
-    for (const std::vector<token_t>& list : kept) {
-      heads.patterns.emplace_back(vertical_slash{list, {}});
-    }
-    const attention_plan plan = plan_prefill(ctx, shape, heads);
+    const attention_plan plan = plan_prefill(ctx, shape, columns_of(kept));
     expect_between(name,
                    measure_recall(ctx, plan, layer.q(prompt, n), layer.kv(prompt)).mean,
                    limits_of(plan, best));

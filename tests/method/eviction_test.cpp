@@ -9,8 +9,9 @@
 #include <numeric>
 #include <sattn/attention/attend.hpp>
 #include <sattn/kv/paged_cache.hpp>
+#include <sattn/method/cache_method.hpp>
+#include <sattn/method/recall.hpp>
 #include <sattn/pattern/compose.hpp>
-#include <sattn/pattern/vertical_slash.hpp>
 #include <string>
 #include <vector>
 
@@ -434,18 +435,16 @@ TEST(pyramid, spends_its_schedule_over_the_caches_of_a_model) {
           window + m.most - layer * ((m.most - m.least) / (m.layers - 1));
       EXPECT_LE(budget, previous);
       previous = budget;
-      per_head columns;
       for (index_t h = 0; h < 2; ++h) {
         ASSERT_EQ(cache.tokens(h), budget);
         kept_of_all += cache.tokens(h);
         for (token_t i = 0; i < window; ++i) {
           EXPECT_EQ(*(kept[at(h)].rbegin() + i), m.len - 1 - i);
         }
-        columns.patterns.emplace_back(vertical_slash{kept[at(h)], {}});
       }
       // The next token attends to these keys alone.
       const attention_problem next = part_of(p, m.len, 1, m.len);
-      const attention_plan plan = plan_decode(ctx, next.shape, columns);
+      const attention_plan plan = plan_decode(ctx, next.shape, columns_of(kept));
       EXPECT_TRUE(within_bound(contexts, plan, next));
       std::vector<float> out(4 * 8), lse(4);
       attend(ctx, plan_decode(ctx, shape_of(next.q.view(), cache.view()), dense{}), next.q.view(),
@@ -556,6 +555,58 @@ TEST(tova, keeps_the_same_keys_in_every_head) {
     EXPECT_EQ(kept, (keep_lists{ascending(want.chosen), ascending(want.chosen)}));
   }
   EXPECT_GT(clear, 5);
+}
+
+static_assert(cache_method<snapkv_method> && cache_method<tova> && !cache_method<h2o>);
+
+// Counts by hand, and the recall by the probabilities.
+TEST(cache_methods, report_what_they_did) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  context& ctx = contexts.any();
+  const attention_problem p = prompt(random, 200);
+  attention_history history(2);
+  std::vector<float> received(200);
+  for (index_t h = 0; h < 2; ++h) {
+    for (float& x : received) x = static_cast<float>(random.integer(0, 1000));
+    history.add(h, nhd<const float>(received.data(), 200, 1, 1));
+  }
+  const auto expect_report = [&](const cache_choice& choice, const keep_lists& want) {
+    EXPECT_EQ(choice.kept, want);
+    const cache_report report = choice.report();
+    EXPECT_EQ(report.keys_of_head,
+              (std::vector<index_t>{std::ssize(want[0]), std::ssize(want[1])}));
+    EXPECT_EQ(report.density, static_cast<double>(want[0].size() + want[1].size()) / 400);
+    EXPECT_GT(report.estimate_ms, 0);
+    paged_kv_cache<float> cache({.kv_heads = 2, .head_dim = 16, .v_dim = 8, .page_size = 16,
+                                 .capacity = 300});
+    cache.append(p.k.view(), p.v.view());
+    cache.evict(choice.kept);
+    for (index_t h = 0; h < 2; ++h) EXPECT_EQ(cache.tokens(h), report.keys_of_head[at(h)]);
+    // What the last row loses.
+    const attention_problem last = part_of(p, 199, 1, 200);
+    const recall_report recall = measure_recall(
+        ctx, plan_decode(ctx, last.shape, columns_of(choice.kept)), last.q.view(), last.kv());
+    double sum = 0;
+    for (index_t h = 0; h < 4; ++h) {
+      const numbers a = formulas::probabilities(last, h, 0);
+      for (const token_t key : want[at(h / 2)]) sum += a[at(key)] / 4;
+    }
+    // Relative to the mass: that of two lse.
+    EXPECT_NEAR(recall.mean, sum, 2 * formulas::probability_error(last, 200));
+  };
+  const auto expect_of = [&](const auto& method) {
+    expect_report(choose_kept_by(ctx, inputs(p), method), method.choose_kept(ctx, inputs(p)));
+  };
+  expect_of(snapkv(60));
+  expect_of(ada_snapkv(60));
+  expect_of(tova{30});
+  expect_of(snapkv(5000));
+  const h2o heaviest{20, 10};
+  expect_report(choose_kept_by(history, heaviest), heaviest.choose_kept(history));
+  // Of nothing all is kept.
+  EXPECT_EQ(choose_kept_by(attention_history(2), heaviest).report().density, 1);
 }
 
 TEST(cache_methods, choose_the_same_on_any_threads) {

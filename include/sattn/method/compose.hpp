@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/method/cache_method.hpp>
 #include <sattn/method/method.hpp>
 #include <sattn/method/quest.hpp>
-#include <sattn/method/snapkv.hpp>
 #include <sattn/pattern/basic.hpp>
 
 #include <optional>

@@ -3,8 +3,8 @@
 
 #include <sattn/budget/select.hpp>
 #include <sattn/estimate/row_scores.hpp>
+#include <sattn/method/cache_method.hpp>
 #include <sattn/method/method.hpp>
-#include <sattn/method/snapkv.hpp>
 
 #include <span>
 #include <utility>
@@ -77,6 +77,13 @@ struct h2o {
     return kept;
   }
 };
+
+/// As choose_kept_by() of other cache methods.
+inline cache_choice choose_kept_by(const attention_history& history, const h2o& method) {
+  index_t keys = 0;
+  for (index_t h = 0; h < history.kv_heads(); ++h) keys += std::ssize(history.of_head(h));
+  return detail::choose_kept_timed(keys, [&] { return method.choose_kept(history); });
+}
 
 /// Keeps the keys that the last query attends to most, by the mean over all query heads: the same
 /// for every kv head, none protected.

@@ -4,6 +4,7 @@
 #include <sattn/budget/adaptive.hpp>
 #include <sattn/estimate/last_queries.hpp>
 #include <sattn/estimate/smooth.hpp>
+#include <sattn/method/cache_method.hpp>
 #include <sattn/method/method.hpp>
 
 #include <algorithm>
@@ -13,9 +14,6 @@
 #include <vector>
 
 namespace sattn {
-
-/// Which keys each kv head keeps, ascending: what paged_kv_cache::evict takes.
-using keep_lists = std::vector<std::vector<token_t>>;
 
 /// Keeps the keys that the last queries of a prompt attended to most, smoothed along the keys.
 ///
