@@ -48,23 +48,26 @@ class stored_caches {
     return k_row_ + v_row_ + (sattn::has_row_scale(type_) ? 2 * index_t{sizeof(float)} : 0);
   }
 
-  /// The first `tokens` tokens of a cache.
-  sattn::kv_view view(index_t cache, index_t tokens) const {
+  /// The first `tokens` tokens of a cache, or of several, one behind the other, as the kv heads of
+  /// one sequence.
+  sattn::kv_view view(index_t cache, index_t tokens, index_t heads = 1) const {
     const std::byte* const first = memory_.bytes().data() + cache * pages_ * page_bytes_;
     const auto part = [&](index_t at, index_t row, index_t dim, index_t scale_at) {
       sattn::stored_view slots;
       slots.data = first + at;
       slots.type = type_;
       slots.tokens = slots_;
-      slots.heads = 1;
+      slots.heads = page_size_ == 0 ? heads : 1;
       slots.dim = dim;
       slots.token_stride = row;
+      slots.head_stride = page_bytes_;  // without pages a cache is one page
+      const index_t floats = page_bytes_ / index_t{sizeof(float)};
       if (sattn::has_row_scale(type_)) {
-        slots.scales = {reinterpret_cast<const float*>(first + scale_at), 1, 0, 0};
+        slots.scales = {reinterpret_cast<const float*>(first + scale_at), 1, floats, 0};
       }
       if (page_size_ != 0) {
-        const index_t floats = page_bytes_ / index_t{sizeof(float)};
-        return sattn::paged({slots, pages_, page_bytes_, floats}, table_, tokens);
+        return sattn::paged_by_head({slots, heads * pages_, page_bytes_, floats}, table_, pages_,
+                                    heads, tokens);
       }
       slots.tokens = tokens;
       return slots;

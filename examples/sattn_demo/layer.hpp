@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// The queries, keys and values of one attention layer, from three files.
 #pragma once
 
 #include "safetensors.hpp"
@@ -34,7 +36,10 @@ struct layer {
   tensor v;  // [kv_len, kv_heads, v_dim]
 
   sattn::kv_view kv() const { return sattn::kv(k.view(), v.view()); }
-  sattn::method_inputs inputs() const { return {shape(), q.view(), kv().k}; }
+  /// `number`: the layer's place in its model.
+  sattn::method_inputs inputs(index_t number) const {
+    return {.shape = shape(), .q = q.view(), .k = kv().k, .layer = number};
+  }
   sattn::attention_shape shape() const {
     return {q.tokens, k.tokens, q.heads, k.heads, static_cast<sattn::token_t>(k.tokens - q.tokens)};
   }

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// Dense attention in double, for errors.
 #pragma once
 
 #include "layer.hpp"
+#include "measurement.hpp"
 
 #include <sattn/exec/context.hpp>
 
@@ -58,22 +61,16 @@ inline reference make_reference(sattn::context& ctx, const layer& l, index_t row
   return result;
 }
 
-/// ||out - reference|| / ||reference|| over the reference's rows; out is [q_len, q_heads, v_dim].
-inline double relative_error(const reference& expected,
-                             const sattn::tensor_view<const float>& out) {
-  double difference = 0.0;
-  double size = 0.0;
+/// The relative error of out [q_len, q_heads, v_dim] over the reference's rows.
+inline double error_of(const reference& expected, const sattn::tensor_view<const float>& out) {
+  relative_error error;
   const double* e = expected.out.data();
   for (const index_t row : expected.rows) {
     for (index_t head = 0; head < out.heads; ++head) {
-      for (index_t i = 0; i < out.dim; ++i, ++e) {
-        const double d = static_cast<double>(out.row(row, head)[i]) - *e;
-        difference += d * d;
-        size += *e * *e;
-      }
+      for (index_t i = 0; i < out.dim; ++i) error.add(double{out.row(row, head)[i]}, *e++);
     }
   }
-  return std::sqrt(difference / size);
+  return error.value();
 }
 
 }  // namespace demo

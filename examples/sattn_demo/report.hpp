@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// What the demo prints: tables for people, JSON for programs.
 #pragma once
 
-#include "steps.hpp"
+#include "methods.hpp"
+#include "step_bench.hpp"
 
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -24,14 +29,20 @@ inline void print_step(const std::string& what) {
   }
 }
 
+/// What is left out and why, on stderr.
+inline void print_left_out(const std::string& what, const std::string& why) {
+  print_step("");
+  std::fprintf(stderr, "sattn-demo: left out: %s: %s\n", what.c_str(), why.c_str());
+}
+
 /// The head of a layer's tables.
-inline void print_heading(const layer& l, const context& ctx, int repeats) {
+inline void print_heading(const layer& l, const settings& model, const context& ctx, int repeats) {
   const sattn::attention_shape s = l.shape();
   std::printf(
-      "layer %s: %td queries, %td keys, %td query heads, %td kv heads, head_dim %td; "
-      "causal; %s, %td threads, best of %d\n",
-      l.name.c_str(), s.q_len, s.kv_len, s.q_heads, s.kv_heads, l.q.dim, ctx.kernel_table().name,
-      ctx.executor().concurrency(), repeats);
+      "layer %s (%td of %td, from 0): %td queries, %td keys, %td query heads, %td kv heads, "
+      "head_dim %td; causal; %s, %td threads, best of %d\n",
+      l.name.c_str(), model.layer, model.layers, s.q_len, s.kv_len, s.q_heads, s.kv_heads,
+      l.q.dim, ctx.kernel_table().name, ctx.executor().concurrency(), repeats);
   std::printf("%s\n", budget_legend);
 }
 
@@ -47,20 +58,28 @@ inline void print_phase(phase when, const layer& l) {
       std::printf("\nCache: cut once behind the prompt (estimate, plan: evict), then the last %td "
                   "tokens one by one.\n", steps);
   }
-  std::printf("%-23s %-12s %8s %8s %7s %9s %9s %8s %11s %8s %10s\n", "method", "budget",
+  std::printf("%-17s %-21s %8s %8s %7s %9s %9s %8s %11s %8s %10s\n", "method", "budget",
               "selected", "executed", "recall", "rel error", "time ms", "speed-up", "estimate ms",
               "plan ms", "end to end");
 }
 
+/// A number in as many places as `format` gives it, n/a where it is none.
+inline std::string text_of(const char* format, double value) {
+  char text[64];
+  std::snprintf(text, sizeof(text), format, value);
+  return std::isnan(value) ? "n/a" : text;
+}
+
 inline void print_line(const measurement& m) {
-  std::printf("%-23s %-12s %7.2f%% %7.2f%% %7.4f %9.1e %9.3f %7.2fx %11.3f %8.3f %9.2fx\n",
+  std::printf("%-17s %-21s %7.2f%% %7.2f%% %7s %9s %9.3f %7.2fx %11.3f %8.3f %9.2fx\n",
               m.name.c_str(), m.budget.c_str(), 100.0 * m.stats.density_selected(),
-              100.0 * m.stats.density_executed(), m.recall, m.rel_error, m.ms, m.speedup(),
-              m.estimate_ms, m.plan_ms, m.speedup_end_to_end());
+              100.0 * m.stats.density_executed(), text_of("%.4f", m.recall).c_str(),
+              text_of("%.1e", m.rel_error).c_str(), m.ms, m.speedup(), m.estimate_ms, m.plan_ms,
+              m.speedup_end_to_end());
   std::fflush(stdout);
 }
 
-/// The same as one JSON object on a line of its own.
+/// The same as one JSON object on a line of its own; null for what is no finite number.
 inline void print_json(const std::string& layer_name, const measurement& m) {
   const nlohmann::ordered_json line = {
       {"layer", layer_name},
@@ -92,7 +111,7 @@ inline void print_method(const measurement& dense,
   std::string slow_runs;
   std::string slow_in_all;
   double pair_cost = 0.0;          // time per executed pair, dense = 1
-  double overhead = not_measured;  // estimate and plan, in runs of dense
+  double overhead = std::numeric_limits<double>::infinity();  // estimate and plan, in runs of dense
   for (const measurement* m : budgets) {
     if (m->stats.selected == m->stats.legal) continue;  // runs as dense attention
     if (m->speedup() < 1.0) {
@@ -138,6 +157,7 @@ inline void print_conclusions(const std::vector<measurement>& all) {
     }
     print_method(all.front(), budgets);
   }
+  if (!(best->recall >= good_recall)) return;  // not even dense: values are not finite
   std::printf("Fastest end to end with a recall of %.2f or more: %s %s, %.2f times dense.\n",
               good_recall, best->name.c_str(), best->budget.c_str(), best->speedup_end_to_end());
 }

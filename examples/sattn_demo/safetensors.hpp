@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// Reads tensors of rank 3 from files in the safetensors format.
 #pragma once
 
+#include <sattn/core/dtype.hpp>
 #include <sattn/core/error.hpp>
 #include <sattn/core/math.hpp>
 #include <sattn/core/tensor_view.hpp>
@@ -12,7 +15,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <functional>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
@@ -30,6 +33,7 @@ struct tensor {
   index_t tokens = 0;
   index_t heads = 0;
   index_t dim = 0;
+  std::map<std::string, std::string> metadata;  // of the file
 
   sattn::tensor_view<const float> view() const {
     return sattn::nhd(values.data(), tokens, heads, dim);
@@ -53,29 +57,13 @@ void check(bool condition, const Parts&... parts) {
   sattn::require<std::runtime_error>(condition, parts...);
 }
 
-inline float widen_f16(std::uint16_t half) {
-  const std::uint32_t sign = (half & 0x8000u) << 16;
-  const std::uint32_t exponent = (half >> 10) & 0x1fu;
-  const std::uint32_t fraction = half & 0x3ffu;
-  if (exponent == 0) {  // zero and subnormals: a multiple of 2^-24
-    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  const std::uint32_t wide_exponent = exponent == 31 ? 255 : exponent + 127 - 15;
-  return std::bit_cast<float>(sign | wide_exponent << 23 | fraction << 13);
-}
-
-inline float widen_bf16(std::uint16_t half) {
-  return std::bit_cast<float>(std::uint32_t{half} << 16);
-}
-
-template <class Stored, class F>
-std::vector<float> convert(std::string_view bytes, F widen) {
+template <class Stored>
+std::vector<float> widen(std::string_view bytes) {
   std::vector<float> values(bytes.size() / sizeof(Stored));
   for (std::size_t i = 0; i < values.size(); ++i) {
     Stored stored;
     std::memcpy(&stored, bytes.data() + i * sizeof(Stored), sizeof(Stored));
-    values[i] = widen(stored);
+    values[i] = sattn::to_float(stored);
   }
   return values;
 }
@@ -123,6 +111,17 @@ inline std::string choose_tensor(const ordered_json& header, const std::string& 
   throw std::runtime_error("the file holds no tensor");
 }
 
+// What the file says about itself; entries that are no strings are left out.
+inline std::map<std::string, std::string> read_metadata(const ordered_json& header) {
+  std::map<std::string, std::string> metadata;
+  const ordered_json entries = header.value("__metadata__", ordered_json::object());
+  if (!entries.is_object()) return metadata;
+  for (const auto& [key, value] : entries.items()) {
+    if (value.is_string()) metadata[key] = value.get<std::string>();
+  }
+  return metadata;
+}
+
 // The list `key` of whole numbers.
 inline std::vector<index_t> numbers(const ordered_json& entry, const char* key) {
   std::vector<index_t> values;
@@ -162,8 +161,9 @@ inline void read_entry(const ordered_json& entry, std::string_view data, tensor&
   out.dim = shape[2];
   const std::string_view own =
       data.substr(static_cast<std::size_t>(at[0]), static_cast<std::size_t>(bytes));
-  out.values = wide ? convert<float>(own, std::identity())
-                    : convert<std::uint16_t>(own, dtype == "\"F16\"" ? widen_f16 : widen_bf16);
+  out.values = wide                    ? widen<float>(own)
+               : dtype == "\"F16\"" ? widen<sattn::f16>(own)
+                                     : widen<sattn::bf16>(own);
 }
 
 }  // namespace detail
@@ -180,6 +180,7 @@ inline tensor read_safetensors(const std::filesystem::path& path, const std::str
     out.name = detail::choose_tensor(p.header, name);
     where += ": tensor " + out.name;
     detail::read_entry(p.header[out.name], p.data, out);
+    out.metadata = detail::read_metadata(p.header);
   } catch (const std::exception& e) {
     throw std::runtime_error(where + ": " + e.what());
   }

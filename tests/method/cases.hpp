@@ -33,6 +33,16 @@ inline attention_problem prompt(random_source& random, index_t len, index_t q_he
   return p;
 }
 
+/// A prompt, or a chunk of one behind any number of keys.
+inline attention_problem prompt_or_chunk(random_source& random, index_t len, index_t q_heads,
+                                         index_t kv_heads, double deviation = 1.5) {
+  const index_t before =
+      random.pick<index_t>({0, 64, random.integer(1, 64), random.integer(65, 300)});
+  attention_problem p = decode_problem(random, before + len, len, q_heads, kv_heads);
+  p.q.fill_normal(random, deviation);
+  return p;
+}
+
 /// Some rows of a problem over its first keys, the positions as they were.
 inline attention_problem part_of(const attention_problem& p, index_t row, index_t rows,
                                  index_t keys) {

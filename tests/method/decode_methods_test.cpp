@@ -370,24 +370,4 @@ TEST(by_layer, takes_the_budget_of_the_layer) {
   EXPECT_NE(error_of([&] { falling.choose(ctx, in); }).find("layer"), std::string::npos);
 }
 
-TEST(decode_methods, choose_the_same_on_any_threads) {
-  const seed_trace trace;
-  random_source random;
-  thread_contexts contexts;
-  const attention_problem p = decode_problem(random, 500, 3);
-  const auto summaries = summaries_of(p, 16);
-  const auto same = [&](const auto& method) {
-    const attention_plan want = decode_plan(contexts.serial(), p, method, summaries);
-    for (context& ctx : contexts) {
-      const attention_plan got = decode_plan(ctx, p, method, summaries);
-      EXPECT_EQ(masks_of(got), masks_of(want));
-    }
-  };
-  same(quest(64));
-  same(sf_quest(64));
-  same(top_k(20));
-  same(twilight(0.7));
-  same(twilight(sf_quest(128), 0.7));
-}
-
 }  // namespace

@@ -351,27 +351,6 @@ TEST(ada_snapkv, spends_the_budget_exactly_whatever_is_split_evenly) {
   }
 }
 
-TEST(cache_methods, keep_everything_where_the_budget_is_beyond_the_length) {
-  const seed_trace trace;
-  random_source random;
-  all_contexts contexts;
-  for (const index_t len : {1, 2, 63, 64, 65, 300}) {
-    const attention_problem p = prompt(random, len);
-    std::vector<token_t> all(at(len));
-    std::iota(all.begin(), all.end(), 0);
-    const keep_lists want{all, all};
-    context& ctx = contexts.any();
-    for (const index_t capacity : {len, index_t{5000}}) {
-      EXPECT_EQ(snapkv(capacity).choose_kept(ctx, inputs(p)), want);
-      EXPECT_EQ(sf_snapkv(capacity).choose_kept(ctx, inputs(p)), want);
-      EXPECT_EQ(ada_snapkv(capacity).choose_kept(ctx, inputs(p)), want);
-      EXPECT_EQ(sf_ada_snapkv(capacity).choose_kept(ctx, inputs(p)), want);
-      EXPECT_EQ(pyramid(1, 4, len, capacity).choose_kept(ctx, inputs(p)), want);
-      EXPECT_EQ(tova{capacity}.choose_kept(ctx, inputs(p)), want);
-    }
-  }
-}
-
 // KVCache-Factory's integers: 8 layers, 120 + 8 of 1,000 keys, beta 20.
 TEST(pyramid, follows_the_published_schedule) {
   // middle 120, least 6, most 234, steps of (234 - 6) / 7 = 32.

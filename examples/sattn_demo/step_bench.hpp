@@ -1,37 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// Runs methods token by token: the last tokens of a layer, behind all others as the prompt.
 #pragma once
 
-#include "measure.hpp"
+#include "measurement.hpp"
 
 #include <sattn/attention/attend.hpp>
 #include <sattn/kv/page_summaries.hpp>
 #include <sattn/kv/paged_cache.hpp>
+#include <sattn/kv/store_row.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace demo {
 
-/// Measures one layer token by token: the last ones, one after the other, behind all others as the
-/// prompt. Refers to the context and the layer.
+/// Measures the steps of one layer. Refers to the context, the layer and the settings.
 class step_bench {
  public:
   static constexpr token_t page_size = 16;
 
-  /// Tokens that are taken as steps; 0 where there is no prompt behind them.
-  static index_t steps_of(const layer& l) { return std::clamp<index_t>(l.q.tokens - 1, 0, 16); }
+  /// Tokens that are taken as steps, at most 16. Of several queries one stays for the prompt, which
+  /// has all earlier keys; 0 where it would have none.
+  static index_t steps_of(const layer& l) {
+    if (l.q.tokens == 1) return l.k.tokens > 1 ? 1 : 0;
+    return std::clamp<index_t>(l.q.tokens - 1, 0, 16);
+  }
 
-  step_bench(context& ctx, const layer& l, int repeats)
-      : ctx_(ctx), layer_(l), repeats_(repeats), steps_(steps_of(l)),
-        copy_({.kv_heads = l.k.heads, .head_dim = l.k.dim, .v_dim = l.v.dim, .page_size = 64,
-               .capacity = l.k.tokens}),
+  step_bench(context& ctx, const layer& l, const settings& model, int repeats)
+      : ctx_(ctx), layer_(l), model_(model), repeats_(repeats), steps_(steps_of(l)),
         history_(l.k.heads),
         dense_(steps_ * l.q.heads, l.v.dim),
         sparse_(steps_ * l.q.heads, l.v.dim) {
-    copy_.append(l.k.view(), l.v.view());
+    make_copy();
     std::vector<sattn::page_summaries> bounds(
         static_cast<std::size_t>(l.k.heads),
         sattn::page_summaries({l.k.dim, page_size, sattn::dtype::f16}));
@@ -44,27 +48,23 @@ class step_bench {
     remember_prompt();
   }
 
+  /// Why a method cannot run here; empty where it can.
+  std::string obstacle(const method& m) const {
+    if (m.needs_copy && !copy_) return "int8 cannot hold some of the keys";
+    if (m.needs_prompt && prompt_.q.tokens == 0) return "the only query is a step, none a prompt's";
+    return {};
+  }
+
+  /// Needs: no obstacle.
   measurement run(const method& method) {
-    measurement m{.when = method.when, .name = method.name, .budget = method.budget};
-    for (int i = 0; i < repeats_; ++i) {
-      measurement once = m;
-      once.stats = {};
-      once.estimate_ms = once.plan_ms = once.ms = once.dense_ms = 0.0;
+    measurement m = best_of(repeats_, method, [&](measurement& once) {
       method.when == phase::cache ? run_cache(method, once) : run_steps(method, once);
-      m.stats = once.stats;
-      m.estimate_ms = std::min(m.estimate_ms, once.estimate_ms);
-      m.plan_ms = std::min(m.plan_ms, once.plan_ms);
-      m.ms = std::min(m.ms, once.ms);
-      m.dense_ms = std::min(m.dense_ms, once.dense_ms);
-    }
-    if (method.name == "dense") m.ms = m.dense_ms = std::min(m.ms, m.dense_ms);
-    double difference = 0.0, size = 0.0;
+    });
+    relative_error error;
     for (std::size_t i = 0; i < dense_.out.size(); ++i) {
-      const double d = double{sparse_.out[i]} - double{dense_.out[i]};
-      difference += d * d;
-      size += double{dense_.out[i]} * double{dense_.out[i]};
+      error.add(double{sparse_.out[i]}, double{dense_.out[i]});
     }
-    m.rel_error = std::sqrt(difference / size);
+    m.rel_error = error.value();
     m.recall = mean_recall(sparse_.lse, dense_.lse);
     return m;
   }
@@ -92,8 +92,20 @@ class step_bench {
     return {sattn::nhd(to.out.data() + step * heads * dim, 1, heads, dim),
             sattn::nhd(to.lse.data() + step * heads, 1, heads, 1)};
   }
-  double share() const { return 1.0 / static_cast<double>(steps_); }
+  /// Milliseconds of a step's work, as its part of the mean over all steps.
+  template <class F>
+  double step_ms(F&& work) const {
+    return milliseconds(work) / static_cast<double>(steps_);
+  }
 
+  /// Of the keys alone: nobody reads its values.
+  void make_copy() {
+    const tensor& k = layer_.k;
+    if (!sattn::can_store_row<std::int8_t>(k.values.data(), std::ssize(k.values))) return;
+    copy_.emplace(sattn::kv_cache_options{.kv_heads = k.heads, .head_dim = k.dim, .page_size = 64,
+                                          .capacity = k.tokens});
+    copy_->append(k.view(), k.view());
+  }
   /// What all queries of the prompt gave its keys.
   void remember_prompt() {
     const index_t q_len = layer_.q.tokens - steps_;
@@ -101,7 +113,9 @@ class step_bench {
     std::vector<float> out(static_cast<std::size_t>(q_len * layer_.q.heads * layer_.v.dim));
     std::vector<float> lse(static_cast<std::size_t>(q_len * layer_.q.heads));
     std::vector<float> mass(static_cast<std::size_t>(prompt() * layer_.k.heads));
-    prompt_ = {sattn::shape_of(queries, kv(prompt())), queries, kv(prompt()).k};
+    prompt_ = {.shape = sattn::shape_of(queries, kv(prompt())), .q = queries,
+               .k = kv(prompt()).k, .layer = model_.layer};
+    if (q_len == 0) return;
     sattn::attend(ctx_, sattn::plan_prefill(ctx_, prompt_.shape, sattn::dense{}), queries,
                   kv(prompt()),
                   {sattn::nhd(out.data(), q_len, layer_.q.heads, layer_.v.dim),
@@ -115,23 +129,29 @@ class step_bench {
   void run_dense(index_t step, measurement& m) {
     const sattn::attention_shape shape = sattn::shape_of(q(step), kv(keys(step)));
     sattn::plan_decode_into(ctx_, dense_plan_, shape, sattn::dense{});
-    add_time(m.dense_ms, [&] {
+    m.dense_ms += step_ms([&] {
       sattn::attend(ctx_, dense_plan_, q(step), kv(keys(step)), output(dense_, step));
     });
   }
   void run_steps(const method& method, measurement& m) {
+    if (method.begin) method.begin(ctx_, {prompt_, model_});
     for (index_t step = 0; step < steps_; ++step) {
       const sattn::kv_view all = kv(keys(step));
-      sight seen{{sattn::shape_of(q(step), all), q(step), all.k}, copy_.view().k};
-      seen.inputs.summaries = bounds_[static_cast<std::size_t>(step)];
-      seen.copy.tokens = keys(step);
+      sight seen{{.shape = sattn::shape_of(q(step), all), .q = q(step), .k = all.k,
+                  .summaries = bounds_[static_cast<std::size_t>(step)], .layer = model_.layer},
+                 model_};
+      seen.step = step;
+      if (copy_) {
+        seen.copy = copy_->view().k;
+        seen.copy.tokens = keys(step);
+      }
       std::optional<any_pattern> pattern;
-      add_time(m.estimate_ms, [&] { pattern = method.choose(ctx_, seen); });
-      add_time(m.plan_ms, [&] {
+      m.estimate_ms += step_ms([&] { pattern = method.choose(ctx_, seen); });
+      m.plan_ms += step_ms([&] {
         sattn::plan_decode_into(ctx_, plan_, seen.inputs.shape, *pattern);
       });
       run_dense(step, m);
-      add_time(m.ms, [&] { sattn::attend(ctx_, plan_, q(step), all, output(sparse_, step)); });
+      m.ms += step_ms([&] { sattn::attend(ctx_, plan_, q(step), all, output(sparse_, step)); });
       const sattn::plan_stats stats = plan_.stats();
       m.stats.legal += stats.legal;
       m.stats.selected += stats.selected;
@@ -145,9 +165,9 @@ class step_bench {
                                         .capacity = layer_.k.tokens});
     cache.append(layer_.k.view().slice(0, prompt()), layer_.v.view().slice(0, prompt()));
     sattn::keep_lists kept;
-    take_time_once(m.estimate_ms,
-                   [&] { kept = method.choose_kept(ctx_, {prompt_, {}, &history_}); });
-    take_time_once(m.plan_ms, [&] { cache.evict(kept); });
+    const sight seen{.inputs = prompt_, .model = model_, .history = &history_};
+    m.estimate_ms = milliseconds([&] { kept = method.choose_kept(ctx_, seen); });
+    m.plan_ms = milliseconds([&] { cache.evict(kept); });
     const auto heads = static_cast<std::size_t>(layer_.k.heads);
     const index_t group = layer_.q.heads / layer_.k.heads;
     std::vector<sattn::attention_plan> plans(heads);
@@ -169,28 +189,16 @@ class step_bench {
         m.stats.selected += left.k.tokens * group;
         m.stats.executed += left.k.tokens * group;
       }
-      add_time(m.ms, [&] { sattn::attend(ctx_, sequences); });
+      m.ms += step_ms([&] { sattn::attend(ctx_, sequences); });
     }
-  }
-
-  /// Adds the milliseconds of a step's `work`, to a mean over the steps.
-  template <class F>
-  void add_time(double& mean, F&& work) const {
-    double ms = not_measured;
-    take_time(ms, work);
-    mean += ms * share();
-  }
-  template <class F>
-  static void take_time_once(double& ms, F&& work) {
-    ms = not_measured;
-    take_time(ms, work);
   }
 
   context& ctx_;
   const layer& layer_;
+  const settings& model_;
   int repeats_;
   index_t steps_;
-  sattn::paged_kv_cache<std::int8_t> copy_;
+  std::optional<sattn::paged_kv_cache<std::int8_t>> copy_;  // of the keys, where int8 holds them
   std::vector<std::vector<sattn::page_summaries>> bounds_;  // [steps][kv_heads]
   sattn::method_inputs prompt_;
   sattn::attention_history history_;
