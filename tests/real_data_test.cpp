@@ -163,7 +163,7 @@ TEST_F(real_data, prefill_methods_recall_more_than_random_keys_and_less_than_the
   }
   for (const double c : {0.3, 0.6, 0.9}) {
     measure("flexprefill " + std::to_string(c).substr(0, 4),
-            flexprefill{.coverage = c, .min_budget = 128, .block_size = 64});
+            flexprefill(c, 0.1, 128, 4096, 64));
   }
   for (const index_t b : {12, 24, 64}) {
     measure("sf_block_sparse 16 x " + std::to_string(b), sf_block_sparse(16, b));
@@ -175,7 +175,7 @@ TEST_F(real_data, prefill_methods_recall_more_than_random_keys_and_less_than_the
     measure("minference_block " + std::to_string(b), minference_block(b));
   }
   for (const double c : {0.5, 0.7, 0.9}) {
-    measure("xattention " + std::to_string(c).substr(0, 4), xattention{.threshold = c});
+    measure("xattention " + std::to_string(c).substr(0, 4), xattention(16, c));
   }
   for (const index_t b : {64, 256, 1024}) measure("top_k " + std::to_string(b), top_k(b));
 }

@@ -530,7 +530,7 @@ TEST(tova, keeps_the_same_keys_in_every_head) {
     const choice want = formulas::largest(mean, 40);
     if (want.gap < 1e-6) continue;
     ++clear;
-    const keep_lists kept = tova{40}.choose_kept(contexts.any(), inputs(p));
+    const keep_lists kept = tova(40).choose_kept(contexts.any(), inputs(p));
     EXPECT_EQ(kept, (keep_lists{ascending(want.chosen), ascending(want.chosen)}));
   }
   EXPECT_GT(clear, 5);
@@ -580,7 +580,7 @@ TEST(cache_methods, report_what_they_did) {
   };
   expect_of(snapkv(60));
   expect_of(ada_snapkv(60));
-  expect_of(tova{30});
+  expect_of(tova(30));
   expect_of(snapkv(5000));
   const h2o heaviest{20, 10};
   expect_report(choose_kept_by(history, heaviest), heaviest.choose_kept(history));
@@ -601,7 +601,7 @@ TEST(cache_methods, choose_the_same_on_any_threads) {
   same(sf_snapkv(150, 64));
   same(ada_snapkv(60));
   same(sf_ada_snapkv(150, 64));
-  same(tova{30});
+  same(tova(30));
 }
 
 TEST(cache_methods, refuse_what_does_not_fit) {
@@ -620,7 +620,7 @@ TEST(cache_methods, refuse_what_does_not_fit) {
   m = snapkv(40);
   m.reduce = head_reduce::none;
   EXPECT_NE(error(m), "");
-  EXPECT_NE(error(tova{-1}), "");
+  EXPECT_NE(error(tova(-1)), "");
 }
 
 }  // namespace

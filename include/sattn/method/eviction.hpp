@@ -64,8 +64,11 @@ class attention_history {
 /// Keeps the keys that have received most attention so far, and the last ones.
 /// Source: H2O (arXiv:2306.14048).
 struct h2o {
-  index_t heavy = 512;
-  index_t recent = 512;
+  index_t heavy;
+  index_t recent;
+
+  explicit constexpr h2o(index_t heaviest = 512, index_t last = 512)
+      : heavy(heaviest), recent(last) {}
 
   keep_lists choose_kept(const attention_history& history) const {
     keep_lists kept(static_cast<std::size_t>(history.kv_heads()));
@@ -89,7 +92,9 @@ inline cache_choice choose_kept_by(const attention_history& history, const h2o& 
 /// for every kv head, none protected.
 /// Source: TOVA (arXiv:2401.06104).
 struct tova {
-  index_t capacity = 1024;
+  index_t capacity;
+
+  explicit constexpr tova(index_t keys = 1024) : capacity(keys) {}
 
   /// Throws: shape_error if the capacity is negative or there is no query.
   keep_lists choose_kept(context& ctx, const method_inputs& in) const {

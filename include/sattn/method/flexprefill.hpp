@@ -28,11 +28,20 @@ namespace sattn {
 /// wide. Unlike there, distances are counted from the last row where the length is no multiple of
 /// the block, and the pair of blocks with which the share is reached is taken, too.
 struct flexprefill {
-  double coverage = 0.9;         // gamma
-  double divergence_limit = 0.1; // tau
-  token_t min_budget = 1024;     // keys
-  token_t max_budget = std::numeric_limits<token_t>::max();
-  token_t block_size = 128;
+  double coverage;          // gamma
+  double divergence_limit;  // tau
+  token_t min_budget;       // keys
+  token_t max_budget;       // keys
+  token_t block_size;
+
+  explicit constexpr flexprefill(double gamma = 0.9, double tau = 0.1, token_t least = 1024,
+                                 token_t most = std::numeric_limits<token_t>::max(),
+                                 token_t block = 128)
+      : coverage(gamma),
+        divergence_limit(tau),
+        min_budget(least),
+        max_budget(most),
+        block_size(block) {}
 
   /// Throws: shape_error unless coverage is in [0, 1], block_size positive and budgets in order.
   any_pattern choose(context& ctx, const method_inputs& in) const;
