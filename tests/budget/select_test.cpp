@@ -399,6 +399,33 @@ TEST(selector, coverage_keeps_to_its_bounds) {
   EXPECT_EQ(choose(scores, {budget::coverage(0.01).at_least(2), {.first = 1}}), (positions{0, 1}));
 }
 
+// The share of an infinite sum is no number.
+TEST(selector, a_unit_of_infinite_mass_covers_any_share_alone) {
+  using enum protection::counting;
+  const std::vector<float> scores = {2, infinity, 8, infinity};
+  for (const double share : {0.01, 0.5, 0.99}) {
+    for (const budget& b : {budget::coverage(share), budget::coverage_above(share)}) {
+      EXPECT_EQ(choose(scores, {b}), positions{1}) << share;
+      EXPECT_EQ(choose(scores, {b, {.recent = 1}}), positions{3}) << share;
+      EXPECT_EQ(choose(scores, {b, {.recent = 1, .counted = slots}}), positions{3}) << share;
+      EXPECT_EQ(choose(scores, {b, {.first = 1}}), (positions{0, 1})) << share;
+      EXPECT_EQ(choose(scores, {b, {.recent = 1, .counted = on_top}}), (positions{1, 3})) << share;
+      EXPECT_EQ(choose(scores, {b.at_least(3)}), (positions{1, 2, 3})) << share;
+    }
+  }
+  EXPECT_EQ(choose(scores, {budget::coverage(1)}), (positions{0, 1, 2, 3}));
+  EXPECT_EQ(choose(scores, {budget::coverage_above(0)}), positions{1});
+}
+
+TEST(selector, refuses_more_units_than_positions_can_name) {
+  // Refused before any of them is read.
+  const float one = 1;
+  const std::span<const float> scores(&one, std::size_t{1} << 31);
+  positions chosen;
+  EXPECT_EQ(error_of([&] { sattn::selector().choose(scores, {budget::fixed(1)}, {}, chosen); }),
+            "selection: 2147483648 scores, positions are 32 bit");
+}
+
 TEST(selector, coverage_refuses_negative_scores) {
   EXPECT_EQ(error_of([] {
               choose({1.0f, -0.5f}, {budget::coverage(0.5)});

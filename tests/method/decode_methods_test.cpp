@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -348,6 +349,24 @@ TEST(reused, asks_once_for_so_many_steps_and_layers) {
   method.forget();
   method.choose(contexts.any(), inputs(*p), 8, 0);
   EXPECT_EQ(calls, expected_calls + 1);
+  // Back to before a choice, and on again; a layer far away; layers that come first.
+  calls = 0;
+  method.forget();
+  const auto ask = [&](index_t step, index_t layer) {
+    method.choose(contexts.any(), inputs(*p), step, layer);
+    return calls;
+  };
+  EXPECT_EQ(ask(4, 0), 1);
+  EXPECT_EQ(ask(6, 0), 1);
+  EXPECT_EQ(ask(5, 0), 1);
+  EXPECT_EQ(ask(3, 0), 2);
+  EXPECT_EQ(ask(5, 1), 2);
+  EXPECT_NE(error_of([&] { ask(6, 1); }), "");
+  EXPECT_NE(error_of([&] { ask(2, 1); }), "");
+  EXPECT_EQ(ask(std::numeric_limits<index_t>::max(), 0), 3);
+  EXPECT_EQ(ask(0, std::numeric_limits<index_t>::max() - 1), 4);
+  EXPECT_NE(error_of([&] { ask(0, -1); }), "");
+  EXPECT_NE(error_of([&] { ask(-1, 0); }), "");
   reused fresh(counting_method{&calls}, 3, 2);
   EXPECT_NE(error_of([&] { fresh.choose(contexts.any(), inputs(*p), 0, 1); }), "");
   EXPECT_NE(error_of([&] { reused(counting_method{&calls}, 0, 1); }), "");

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <sattn/attention/attend.hpp>
 #include <sattn/kv/paged_cache.hpp>
@@ -27,6 +28,8 @@ using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 using formulas::choice;
 using formulas::numbers;
+
+constexpr index_t no_limit = std::numeric_limits<index_t>::max();
 
 // pool1d(kernel, stride 1, padding kernel / 2): an average divides by the kernel, zeros behind the
 // ends; a maximum ignores them.
@@ -365,6 +368,10 @@ TEST(pyramid, follows_the_published_schedule) {
   EXPECT_EQ(pyramid_capacity(0, 1, 1000, 128, 8), 128);
   EXPECT_NE(error_of([] { pyramid_capacity(8, 8, 1000, 128, 8); }), "");
   EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 1000, 7, 8); }), "");
+  EXPECT_EQ(pyramid_capacity(0, 8, 7, 7, 8), 7);  // ... all is kept
+  EXPECT_NE(error_of([] { pyramid_capacity(0, 8, -10, 128, 8); }), "");
+  EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 10, 128, -8); }), "");
+  EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 10, 128, 8, 0); }), "");
 }
 
 TEST(pyramid, exact_steps_add_up_and_stay_within_a_key_of_the_line) {
@@ -621,6 +628,48 @@ TEST(cache_methods, refuse_what_does_not_fit) {
   m.reduce = head_reduce::none;
   EXPECT_NE(error(m), "");
   EXPECT_NE(error(tova(-1)), "");
+  for (const double share : {-0.1, 1.1, std::nan("")}) {
+    EXPECT_NE(error_of([=] { sf_ada_snapkv(1024, 256, share); }), "") << share;
+    EXPECT_NE(error(ada_snapkv(40, 32, share)), "") << share;
+  }
+  EXPECT_EQ(sf_ada_snapkv(no_limit, 256, 1.0).adaptive->floor, no_limit);
+  EXPECT_NE(error_of([] { attention_history(-1); }), "");
+  const attention_history history(1);
+  EXPECT_NE(error_of([&] { h2o(-5, 10).choose_kept(history); }), "");
+  EXPECT_NE(error_of([&] { h2o(10, -5).choose_kept(history); }), "");
+}
+
+// SnapKV's code and The Sparse Frontier's assert so; a cache that holds all keys holds those, too.
+TEST(cache_methods, refuse_to_keep_fewer_keys_than_are_protected) {
+  random_source random(1);
+  all_contexts contexts;
+  const auto refuses = [&](index_t len, const snapkv_method& m) {
+    const attention_problem p = prompt(random, len);
+    return !error_of([&] { m.choose_kept(contexts.any(), inputs(p)); }).empty();
+  };
+  for (const index_t len : {31, 32, 33, 50, 131, 132, 133, 150}) {
+    for (const index_t capacity : {len - 1, len, index_t{31}, index_t{32}, index_t{131},
+                                   index_t{132}, no_limit}) {
+      SCOPED_TRACE(std::to_string(capacity) + " of " + std::to_string(len));
+      const bool drops = capacity < len;
+      EXPECT_EQ(refuses(len, snapkv(capacity)), drops && capacity < 32);
+      EXPECT_EQ(refuses(len, ada_snapkv(capacity)), drops && capacity < 32);
+      EXPECT_EQ(refuses(len, sf_snapkv(capacity)), drops && capacity < 132);
+      EXPECT_EQ(refuses(len, sf_ada_snapkv(capacity)), drops && capacity < 132);
+    }
+  }
+  snapkv_method m = snapkv(40);
+  m.keep.first = m.keep.recent = no_limit;
+  EXPECT_TRUE(refuses(50, m));
+}
+
+// Their sum does not fit an index.
+TEST(h2o, keeps_all_that_a_budget_without_end_allows) {
+  attention_history history(1);
+  const std::vector<float> received = {3, 1, 2};
+  history.add(0, nhd<const float>(received.data(), 3, 1, 1));
+  EXPECT_EQ(h2o(no_limit, no_limit).choose_kept(history), (keep_lists{{0, 1, 2}}));
+  EXPECT_EQ(h2o(no_limit, 0).choose_kept(history), (keep_lists{{0, 1, 2}}));
 }
 
 }  // namespace

@@ -442,6 +442,10 @@ TEST(flexprefill, short_prompts_run_dense) {
   EXPECT_EQ(prefill_plan(contexts.any(), p, flexprefill()).stats().density_selected(), 1.0);
   const flexprefill m(0.1, 0.1, 1);
   EXPECT_EQ(prefill_plan(contexts.any(), p, m).stats().density_selected(), 1.0);
+  EXPECT_EQ(prefill_plan(contexts.any(), p, flexprefill(0.1, 0.1, 0, 0, 1 << 30))
+                .stats()
+                .density_selected(),
+            1.0);
   const attention_problem longer = prompt(random, 500, 2, 1);
   EXPECT_LT(prefill_plan(contexts.any(), longer, m).stats().density_selected(), 1.0);
   // Up to two blocks or the least budget, in whole blocks.

@@ -36,7 +36,7 @@ class budget {
     return {kind::power, 0, factor, exponent};
   }
   /// The fewest units whose scores reach a share of the sum of all scores (top-p). Scores must not
-  /// be negative. Throws: shape_error unless within (0, 1].
+  /// be negative; an infinite one reaches any share. Throws: shape_error unless within (0, 1].
   static budget coverage(double mass) {
     require(mass > 0.0 && mass <= 1.0, "budget: coverage ", mass, " is outside (0, 1]");
     return {kind::coverage, 0, mass, 0.0};

@@ -14,7 +14,8 @@
 
 namespace sattn {
 
-/// Heads that retrieve see everything, the others stream: first keys and last ones.
+/// Heads that retrieve see everything, the others stream: first keys and last ones. The pattern
+/// file of Llama 3.1 comes with 128 and 256 of them.
 /// Source: DuoAttention (arXiv:2410.10819).
 struct duo {
   std::vector<bool> retrieves;  // [kv_heads]

@@ -26,7 +26,9 @@ namespace sattn {
 /// Attention over at most two blocks or min_budget keys runs dense.
 /// Source: FlexPrefill (arXiv:2502.20766) and its code. As there, a block diagonal is one block
 /// wide. Unlike there, distances are counted from the last row where the length is no multiple of
-/// the block, and the pair of blocks with which the share is reached is taken, too.
+/// the block, the pair of blocks with which the share is reached is taken, too, counts of units are
+/// divided by the block, not by 128, and blocks without mass add nothing to the divergence, which
+/// is NaN there in the source, and such a head not query-aware.
 struct flexprefill {
   double coverage;          // gamma
   double divergence_limit;  // tau
@@ -75,7 +77,7 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
           block_size, ", budgets from ", min_budget, " to ", max_budget);
   const attention_shape& shape = in.shape;
   const index_t short_length =
-      std::max<index_t>(2 * block_size, round_up(min_budget, block_size));
+      std::max<index_t>(2 * index_t{block_size}, round_up(min_budget, block_size));
   if (shape.kv_len <= short_length || shape.q_len == 0) return dense{};
 
   const last_query_sums sums = last_query_scores(ctx, shape, in.q, in.k, block_size,
