@@ -219,6 +219,13 @@ TEST(duo, reads_its_gates_and_takes_the_quantile) {
   EXPECT_EQ(heads(1, 0.5), (bits{true, false, false}));
   EXPECT_EQ(heads(1, 0.9), (bits{true, false, false}));
   EXPECT_EQ(heads(1, 1.0), (bits{false, false, false}));
+  // 0.07 * 100 is more than 7 in double.
+  duo_gates many(1);
+  for (index_t i = 0; i < 101; ++i) many[0].push_back(static_cast<double>(i));
+  for (index_t percent = 0; percent < 100; ++percent) {
+    const bits retrieves = duo_layer(many, 0, static_cast<double>(percent) / 100).retrieves;
+    EXPECT_EQ(std::count(retrieves.begin(), retrieves.end(), false), percent);
+  }
   EXPECT_TRUE(read_duo_gates("").empty());
   EXPECT_NE(error_of([] { read_duo_gates("1 2\n3"); }), "");
   EXPECT_NE(error_of([] { read_duo_gates("1 2\n3 x"); }).find("line 2"), std::string::npos);

@@ -371,7 +371,11 @@ TEST(pyramid, follows_the_published_schedule) {
   EXPECT_EQ(pyramid_capacity(0, 8, 7, 7, 8), 7);  // ... all is kept
   EXPECT_NE(error_of([] { pyramid_capacity(0, 8, -10, 128, 8); }), "");
   EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 10, 128, -8); }), "");
-  EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 10, 128, 8, 0); }), "");
+  EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 10, 128, 8, {.beta = 0}); }), "");
+  // beta 10: least 12, most 228, steps of 216 / 7 = 30.
+  const snapkv_method m = pyramid(6, 8, 1000, 128, 8, {.beta = 10});
+  EXPECT_EQ(m.capacity, 228 - 6 * 30 + 8);
+  EXPECT_EQ(m.last_queries, 8);
 }
 
 TEST(pyramid, exact_steps_add_up_and_stay_within_a_key_of_the_line) {
@@ -380,7 +384,8 @@ TEST(pyramid, exact_steps_add_up_and_stay_within_a_key_of_the_line) {
       index_t all = 0;
       for (index_t layer = 0; layer < layers; ++layer) {
         const index_t kept =
-            pyramid_capacity(layer, layers, len, 1000, 31, 20, sattn::pyramid_steps::exact);
+            pyramid_capacity(layer, layers, len, 1000, 31,
+                             {.steps = sattn::pyramid_steps::exact});
         all += kept;
         if (len < 2 * 969) continue;
         const double most = std::min<double>(2 * 969 - 48, static_cast<double>(len - 31));

@@ -18,6 +18,10 @@ struct block_sparse_method {
   head_reduce reduce = head_reduce::none;
   bool probabilities = false;  // for budgets by coverage
 
+  /// A list for each block of rows of each set of heads that `reduce` leaves.
+  /// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim].
+  /// Throws: shape_error if shapes do not fit, a block is not positive, protected counts are
+  /// negative or a coverage budget meets a negative score; std::bad_alloc.
   block_lists choose(context& ctx, const method_inputs& in) const {
     const score_tensor scores =
         pooled_block_scores(ctx, in.shape, in.q, in.k,

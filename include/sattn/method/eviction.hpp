@@ -69,6 +69,7 @@ class attention_history {
 /// Keeps the keys that have received most attention so far, and the last ones. The query heads of a
 /// group count together, as in the mass that attend() sums; the source has no groups. The defaults
 /// are ours: its code has 4 heavy keys and 512 recent ones, the paper a tenth of the prompt each.
+/// History sums are f32: what a key receives is lost where it is less than 2^-24 of its sum.
 /// Source: H2O (arXiv:2306.14048).
 struct h2o {
   index_t heavy;

@@ -96,6 +96,8 @@ inline keep_lists snapkv_method::choose_kept(context& ctx, const method_inputs& 
 
 /// The defaults of SnapKV's code: 32 last queries, which stay, averages of 5. It has no groups;
 /// here a kv head takes the mean of its query heads, as kvpress does.
+/// Throws: nothing, as the presets below unless they say so; choose_kept refuses what is out of
+/// range.
 inline snapkv_method snapkv(index_t capacity = 1024, token_t window = 32, index_t pool_width = 5) {
   return {.capacity = capacity, .last_queries = window, .pool_width = pool_width,
           .keep = {.recent = window}};
@@ -149,6 +151,11 @@ inline snapkv_method sf_ada_snapkv(index_t capacity = 1024, token_t approximatio
 /// the total a little, or so that all layers add up to layers * capacity.
 enum class pyramid_steps { published, exact };
 
+struct pyramid_schedule {
+  index_t beta = 20;  // the last layer keeps its window and 1 / beta of what layers have besides
+  pyramid_steps steps = pyramid_steps::published;
+};
+
 /// What a layer of PyramidKV may keep, of `capacity` on average: more in the first layers, in equal
 /// steps. Prompts of up to `capacity` keys keep everything, those of less than
 /// 2 * (capacity - window) the same in every layer.
@@ -156,22 +163,22 @@ enum class pyramid_steps { published, exact };
 /// is kept, window <= capacity.
 /// Source: PyramidKV (arXiv:2406.02069).
 inline index_t pyramid_capacity(index_t layer, index_t layers, index_t kv_len,
-                                index_t capacity = 1024, index_t window = 32, index_t beta = 20,
-                                pyramid_steps steps = pyramid_steps::published) {
+                                index_t capacity = 1024, index_t window = 32,
+                                const pyramid_schedule& schedule = {}) {
   require(layer >= 0 && layer < layers, "pyramid_capacity: layer ", layer, " of ", layers);
-  require(kv_len >= 0 && capacity >= 0 && window >= 0 && beta >= 1, "pyramid_capacity: ", kv_len,
-          " keys, capacity ", capacity, " with a window of ", window, ", beta ", beta);
+  require(kv_len >= 0 && capacity >= 0 && window >= 0 && schedule.beta >= 1,
+          "pyramid_capacity: ", kv_len, " keys, capacity ", capacity, " with a window of ", window, ", beta ", schedule.beta);
   if (kv_len <= capacity) return kv_len;
   require(window <= capacity, "pyramid_capacity: capacity ", capacity, ", a window of ", window);
   const index_t middle = capacity - window;
   if (layers == 1 || kv_len < 2 * middle) return capacity;
-  index_t least = middle / beta;
+  index_t least = middle / schedule.beta;
   index_t most = 2 * middle - least;
   if (most >= kv_len - window) {
     most = kv_len - window;
     least = 2 * middle - most;
   }
-  if (steps == pyramid_steps::exact) {
+  if (schedule.steps == pyramid_steps::exact) {
     // What the first `count` layers may keep, rounded down.
     const auto first = [&](index_t count) {
       return count * (2 * most * (layers - 1) - (most - least) * (count - 1)) / (2 * (layers - 1));
@@ -182,11 +189,12 @@ inline index_t pyramid_capacity(index_t layer, index_t layers, index_t kv_len,
   return most - layer * step + window;
 }
 
-/// SnapKV with PyramidKV's capacity for a layer.
+/// SnapKV with PyramidKV's capacity for a layer; pool_width and pool of the result can be turned.
+/// Throws: shape_error as pyramid_capacity does.
 inline snapkv_method pyramid(index_t layer, index_t layers, index_t kv_len,
                              index_t capacity = 1024, token_t window = 32,
-                             pyramid_steps steps = pyramid_steps::published) {
-  return snapkv(pyramid_capacity(layer, layers, kv_len, capacity, window, 20, steps), window);
+                             const pyramid_schedule& schedule = {}) {
+  return snapkv(pyramid_capacity(layer, layers, kv_len, capacity, window, schedule), window);
 }
 
 }  // namespace sattn
