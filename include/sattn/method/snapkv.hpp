@@ -167,7 +167,8 @@ inline index_t pyramid_capacity(index_t layer, index_t layers, index_t kv_len,
                                 const pyramid_schedule& schedule = {}) {
   require(layer >= 0 && layer < layers, "pyramid_capacity: layer ", layer, " of ", layers);
   require(kv_len >= 0 && capacity >= 0 && window >= 0 && schedule.beta >= 1,
-          "pyramid_capacity: ", kv_len, " keys, capacity ", capacity, " with a window of ", window, ", beta ", schedule.beta);
+          "pyramid_capacity: ", kv_len, " keys, capacity ", capacity,
+          ", a window of ", window, ", beta ", schedule.beta);
   if (kv_len <= capacity) return kv_len;
   require(window <= capacity, "pyramid_capacity: capacity ", capacity, ", a window of ", window);
   const index_t middle = capacity - window;
