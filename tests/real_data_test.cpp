@@ -176,7 +176,7 @@ TEST_F(real_data, prefill_methods_recall_more_than_random_keys_and_less_than_the
   }
   for (const double c : {0.3, 0.6, 0.9}) {
     measure("flexprefill " + std::to_string(c).substr(0, 4),
-            flexprefill{.coverage = c, .min_budget = 128, .block_size = 64});
+            flexprefill(c, 0.1, 128, 4096, 64));
   }
   for (const index_t b : {12, 24, 64}) {
     measure("sf_block_sparse 16 x " + std::to_string(b), sf_block_sparse(16, b));
@@ -188,7 +188,7 @@ TEST_F(real_data, prefill_methods_recall_more_than_random_keys_and_less_than_the
     measure("minference_block " + std::to_string(b), minference_block(b));
   }
   for (const double c : {0.5, 0.7, 0.9}) {
-    measure("xattention " + std::to_string(c).substr(0, 4), xattention{.threshold = c});
+    measure("xattention " + std::to_string(c).substr(0, 4), xattention(16, c));
   }
   for (const index_t b : {64, 256, 1024}) measure("top_k " + std::to_string(b), top_k(b));
   for (const double c : {0.5, 0.9}) {
@@ -267,11 +267,7 @@ TEST_F(real_data, cache_methods_recall_more_than_random_keys_and_less_than_the_b
   const auto measure = [&](const std::string& name, const keep_lists& kept) {
     attention_shape shape = shape_of(layer.q(prompt, n), layer.kv(prompt));
     shape.q_offset = prompt;
-    per_head heads;
-    for (const std::vector<token_t>& list : kept) {
-      heads.patterns.emplace_back(vertical_slash{list, {}});
-    }
-    const attention_plan plan = plan_prefill(ctx, shape, heads);
+    const attention_plan plan = plan_prefill(ctx, shape, columns_of(kept));
     expect_between(name,
                    measure_recall(ctx, plan, layer.q(prompt, n), layer.kv(prompt)).mean,
                    limits_of(plan, best));

@@ -53,13 +53,13 @@ inline std::vector<prefill_method> prefill_methods() {
       {"sf_flexprefill", any_of(sf_flexprefill()), 0.01, 0.99,
        [=](double b) { return any_of(sf_flexprefill(b, 512, 64)); }},
       {"flexprefill", any_of(flexprefill{}), 0.01, 0.99,
-       [=](double b) { return any_of(flexprefill{.coverage = b, .min_budget = 128}); }},
+       [=](double b) { return any_of(flexprefill(b, 0.1, 128)); }},
       {"sf_block_sparse", any_of(sf_block_sparse()), 3, 1500,
        [=](double b) { return any_of(sf_block_sparse(16, tokens(b))); }},
       {"minference_block", any_of(minference_block()), 1, 400,
        [=](double b) { return any_of(minference_block(tokens(b))); }},
       {"xattention", any_of(xattention{}), 0.01, 0.99,
-       [=](double b) { return any_of(xattention{.threshold = b}); }},
+       [=](double b) { return any_of(xattention(16, b)); }},
   };
 }
 

@@ -70,7 +70,7 @@ inline std::vector<method> prefill_methods(const setting_sources& sources) {
     add("sf_flexprefill", number("p", p), sattn::sf_flexprefill(p, 512, 64));
   }
   for (const double p : {0.65, 0.8, 0.9}) {
-    add("flexprefill", number("p", p), sattn::flexprefill{.coverage = p, .min_budget = 128});
+    add("flexprefill", number("p", p), sattn::flexprefill(p, 0.1, 128));
   }
   for (const double p : {0.65, 0.8, 0.9}) {
     add("xattention", number("p", p), sattn::xattention{16, p, 64});

@@ -19,6 +19,7 @@
 #include <sattn/kv/rotary.hpp>
 #include <sattn/method/a_shape.hpp>
 #include <sattn/method/block_sparse.hpp>
+#include <sattn/method/cache_method.hpp>
 #include <sattn/method/compose.hpp>
 #include <sattn/method/duo.hpp>
 #include <sattn/method/eviction.hpp>

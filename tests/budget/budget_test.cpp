@@ -129,7 +129,10 @@ TEST(budget, amounts_out_of_range_are_refused) {
   EXPECT_NE(error_of([] { budget::power(1, -1); }), "");
   EXPECT_NE(error_of([] { budget::power(1, std::numeric_limits<double>::infinity()); }), "");
   EXPECT_NE(error_of([=] { budget::power(nan, 1); }), "");
-  EXPECT_NE(error_of([] { budget::coverage_above(0); }), "");
+  for (const double mass : {-0.25, 1.25, nan}) {
+    const std::string what = error_of([=] { budget::coverage_above(mass); });
+    EXPECT_EQ(what, "budget: coverage " + std::to_string(mass) + " is outside [0, 1]");
+  }
   EXPECT_NE(error_of([=] { budget::threshold(nan); }), "");
 }
 

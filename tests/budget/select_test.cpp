@@ -218,9 +218,11 @@ TEST(selector, coverage_chooses_the_fewest_units_that_reach_the_mass) {
     for (float& s : scores) {
       s = random.integer(0, 4) == 0 ? illegal : static_cast<float>(random.integer(0, 17)) / 8;
     }
-    const double share = static_cast<double>(random.integer(1, 65)) / 64;
-    const budget amount =
-        random.pick({budget::coverage(share), budget::coverage_above(share)});
+    const auto share = [&](index_t least) {
+      return static_cast<double>(random.integer(least, 65)) / 64;
+    };
+    const budget amount = random.integer(0, 2) == 0 ? budget::coverage(share(1))
+                                                    : budget::coverage_above(share(0));
     const selection rule = {random_bounds(random, amount), random_protection(random)};
     const key_range diagonal = random_diagonal(random);
     ASSERT_EQ(choose(scores, rule, diagonal), chosen_by_sorting(scores, rule, diagonal))
@@ -378,11 +380,50 @@ TEST(selector, protected_mass_counts_inside_and_not_on_top) {
             (positions{0, 2}));
 }
 
+TEST(selector, more_than_a_share_of_nothing_is_the_best_unit) {
+  const std::vector<float> scores = {1, 8, 4, 3};
+  const budget b = budget::coverage_above(0);
+  EXPECT_EQ(choose(scores, {b}), positions{1});
+  EXPECT_EQ(choose(scores, {b.at_least(3)}), (positions{1, 2, 3}));
+  EXPECT_EQ(choose(scores, {b, {.first = 1}}), positions{0});
+  EXPECT_EQ(choose(scores, {b, {.first = 1, .counted = protection::counting::slots}}),
+            positions{0});
+  EXPECT_EQ(choose(scores, {b, {.first = 1, .counted = protection::counting::on_top}}),
+            (positions{0, 1}));
+}
+
 TEST(selector, coverage_keeps_to_its_bounds) {
   const std::vector<float> scores = {1, 8, 4, 3};
   EXPECT_EQ(choose(scores, {budget::coverage(0.5).at_least(3)}), (positions{1, 2, 3}));
   EXPECT_EQ(choose(scores, {budget::coverage(1).at_most(2)}), (positions{1, 2}));
   EXPECT_EQ(choose(scores, {budget::coverage(0.01).at_least(2), {.first = 1}}), (positions{0, 1}));
+}
+
+// The share of an infinite sum is no number.
+TEST(selector, a_unit_of_infinite_mass_covers_any_share_alone) {
+  using enum protection::counting;
+  const std::vector<float> scores = {2, infinity, 8, infinity};
+  for (const double share : {0.01, 0.5, 0.99}) {
+    for (const budget& b : {budget::coverage(share), budget::coverage_above(share)}) {
+      EXPECT_EQ(choose(scores, {b}), positions{1}) << share;
+      EXPECT_EQ(choose(scores, {b, {.recent = 1}}), positions{3}) << share;
+      EXPECT_EQ(choose(scores, {b, {.recent = 1, .counted = slots}}), positions{3}) << share;
+      EXPECT_EQ(choose(scores, {b, {.first = 1}}), (positions{0, 1})) << share;
+      EXPECT_EQ(choose(scores, {b, {.recent = 1, .counted = on_top}}), (positions{1, 3})) << share;
+      EXPECT_EQ(choose(scores, {b.at_least(3)}), (positions{1, 2, 3})) << share;
+    }
+  }
+  EXPECT_EQ(choose(scores, {budget::coverage(1)}), (positions{0, 1, 2, 3}));
+  EXPECT_EQ(choose(scores, {budget::coverage_above(0)}), positions{1});
+}
+
+TEST(selector, refuses_more_units_than_positions_can_name) {
+  // Refused before any of them is read.
+  const float one = 1;
+  const std::span<const float> scores(&one, std::size_t{1} << 31);
+  positions chosen;
+  EXPECT_EQ(error_of([&] { sattn::selector().choose(scores, {budget::fixed(1)}, {}, chosen); }),
+            "selection: 2147483648 scores, positions are 32 bit");
 }
 
 TEST(selector, coverage_refuses_negative_scores) {

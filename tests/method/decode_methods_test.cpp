@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -218,6 +219,13 @@ TEST(duo, reads_its_gates_and_takes_the_quantile) {
   EXPECT_EQ(heads(1, 0.5), (bits{true, false, false}));
   EXPECT_EQ(heads(1, 0.9), (bits{true, false, false}));
   EXPECT_EQ(heads(1, 1.0), (bits{false, false, false}));
+  // 0.07 * 100 is more than 7 in double.
+  duo_gates many(1);
+  for (index_t i = 0; i < 101; ++i) many[0].push_back(static_cast<double>(i));
+  for (index_t percent = 0; percent < 100; ++percent) {
+    const bits retrieves = duo_layer(many, 0, static_cast<double>(percent) / 100).retrieves;
+    EXPECT_EQ(std::count(retrieves.begin(), retrieves.end(), false), percent);
+  }
   EXPECT_TRUE(read_duo_gates("").empty());
   EXPECT_NE(error_of([] { read_duo_gates("1 2\n3"); }), "");
   EXPECT_NE(error_of([] { read_duo_gates("1 2\n3 x"); }).find("line 2"), std::string::npos);
@@ -348,6 +356,24 @@ TEST(reused, asks_once_for_so_many_steps_and_layers) {
   method.forget();
   method.choose(contexts.any(), inputs(*p), 8, 0);
   EXPECT_EQ(calls, expected_calls + 1);
+  // Back to before a choice, and on again; a layer far away; layers that come first.
+  calls = 0;
+  method.forget();
+  const auto ask = [&](index_t step, index_t layer) {
+    method.choose(contexts.any(), inputs(*p), step, layer);
+    return calls;
+  };
+  EXPECT_EQ(ask(4, 0), 1);
+  EXPECT_EQ(ask(6, 0), 1);
+  EXPECT_EQ(ask(5, 0), 1);
+  EXPECT_EQ(ask(3, 0), 2);
+  EXPECT_EQ(ask(5, 1), 2);
+  EXPECT_NE(error_of([&] { ask(6, 1); }), "");
+  EXPECT_NE(error_of([&] { ask(2, 1); }), "");
+  EXPECT_EQ(ask(std::numeric_limits<index_t>::max(), 0), 3);
+  EXPECT_EQ(ask(0, std::numeric_limits<index_t>::max() - 1), 4);
+  EXPECT_NE(error_of([&] { ask(0, -1); }), "");
+  EXPECT_NE(error_of([&] { ask(-1, 0); }), "");
   reused fresh(counting_method{&calls}, 3, 2);
   EXPECT_NE(error_of([&] { fresh.choose(contexts.any(), inputs(*p), 0, 1); }), "");
   EXPECT_NE(error_of([&] { reused(counting_method{&calls}, 0, 1); }), "");

@@ -6,11 +6,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <sattn/attention/attend.hpp>
 #include <sattn/kv/paged_cache.hpp>
+#include <sattn/method/cache_method.hpp>
+#include <sattn/method/recall.hpp>
 #include <sattn/pattern/compose.hpp>
-#include <sattn/pattern/vertical_slash.hpp>
 #include <string>
 #include <vector>
 
@@ -26,6 +28,8 @@ using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 using formulas::choice;
 using formulas::numbers;
+
+constexpr index_t no_limit = std::numeric_limits<index_t>::max();
 
 // pool1d(kernel, stride 1, padding kernel / 2): an average divides by the kernel, zeros behind the
 // ends; a maximum ignores them.
@@ -364,6 +368,14 @@ TEST(pyramid, follows_the_published_schedule) {
   EXPECT_EQ(pyramid_capacity(0, 1, 1000, 128, 8), 128);
   EXPECT_NE(error_of([] { pyramid_capacity(8, 8, 1000, 128, 8); }), "");
   EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 1000, 7, 8); }), "");
+  EXPECT_EQ(pyramid_capacity(0, 8, 7, 7, 8), 7);  // ... all is kept
+  EXPECT_NE(error_of([] { pyramid_capacity(0, 8, -10, 128, 8); }), "");
+  EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 10, 128, -8); }), "");
+  EXPECT_NE(error_of([] { pyramid_capacity(0, 8, 10, 128, 8, {.beta = 0}); }), "");
+  // beta 10: least 12, most 228, steps of 216 / 7 = 30.
+  const snapkv_method m = pyramid(6, 8, 1000, 128, 8, {.beta = 10});
+  EXPECT_EQ(m.capacity, 228 - 6 * 30 + 8);
+  EXPECT_EQ(m.last_queries, 8);
 }
 
 TEST(pyramid, exact_steps_add_up_and_stay_within_a_key_of_the_line) {
@@ -372,7 +384,8 @@ TEST(pyramid, exact_steps_add_up_and_stay_within_a_key_of_the_line) {
       index_t all = 0;
       for (index_t layer = 0; layer < layers; ++layer) {
         const index_t kept =
-            pyramid_capacity(layer, layers, len, 1000, 31, 20, sattn::pyramid_steps::exact);
+            pyramid_capacity(layer, layers, len, 1000, 31,
+                             {.steps = sattn::pyramid_steps::exact});
         all += kept;
         if (len < 2 * 969) continue;
         const double most = std::min<double>(2 * 969 - 48, static_cast<double>(len - 31));
@@ -413,18 +426,16 @@ TEST(pyramid, spends_its_schedule_over_the_caches_of_a_model) {
           window + m.most - layer * ((m.most - m.least) / (m.layers - 1));
       EXPECT_LE(budget, previous);
       previous = budget;
-      per_head columns;
       for (index_t h = 0; h < 2; ++h) {
         ASSERT_EQ(cache.tokens(h), budget);
         kept_of_all += cache.tokens(h);
         for (token_t i = 0; i < window; ++i) {
           EXPECT_EQ(*(kept[at(h)].rbegin() + i), m.len - 1 - i);
         }
-        columns.patterns.emplace_back(vertical_slash{kept[at(h)], {}});
       }
       // The next token attends to these keys alone.
       const attention_problem next = part_of(p, m.len, 1, m.len);
-      const attention_plan plan = plan_decode(ctx, next.shape, columns);
+      const attention_plan plan = plan_decode(ctx, next.shape, columns_of(kept));
       EXPECT_TRUE(within_bound(contexts, plan, next));
       std::vector<float> out(4 * 8), lse(4);
       attend(ctx, plan_decode(ctx, shape_of(next.q.view(), cache.view()), dense{}), next.q.view(),
@@ -531,10 +542,62 @@ TEST(tova, keeps_the_same_keys_in_every_head) {
     const choice want = formulas::largest(mean, 40);
     if (want.gap < 1e-6) continue;
     ++clear;
-    const keep_lists kept = tova{40}.choose_kept(contexts.any(), inputs(p));
+    const keep_lists kept = tova(40).choose_kept(contexts.any(), inputs(p));
     EXPECT_EQ(kept, (keep_lists{ascending(want.chosen), ascending(want.chosen)}));
   }
   EXPECT_GT(clear, 5);
+}
+
+static_assert(cache_method<snapkv_method> && cache_method<tova> && !cache_method<h2o>);
+
+// Counts by hand, and the recall by the probabilities.
+TEST(cache_methods, report_what_they_did) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  context& ctx = contexts.any();
+  const attention_problem p = prompt(random, 200);
+  attention_history history(2);
+  std::vector<float> received(200);
+  for (index_t h = 0; h < 2; ++h) {
+    for (float& x : received) x = static_cast<float>(random.integer(0, 1000));
+    history.add(h, nhd<const float>(received.data(), 200, 1, 1));
+  }
+  const auto expect_report = [&](const cache_choice& choice, const keep_lists& want) {
+    EXPECT_EQ(choice.kept, want);
+    const cache_report report = choice.report();
+    EXPECT_EQ(report.keys_of_head,
+              (std::vector<index_t>{std::ssize(want[0]), std::ssize(want[1])}));
+    EXPECT_EQ(report.density, static_cast<double>(want[0].size() + want[1].size()) / 400);
+    EXPECT_GT(report.estimate_ms, 0);
+    paged_kv_cache<float> cache({.kv_heads = 2, .head_dim = 16, .v_dim = 8, .page_size = 16,
+                                 .capacity = 300});
+    cache.append(p.k.view(), p.v.view());
+    cache.evict(choice.kept);
+    for (index_t h = 0; h < 2; ++h) EXPECT_EQ(cache.tokens(h), report.keys_of_head[at(h)]);
+    // What the last row loses.
+    const attention_problem last = part_of(p, 199, 1, 200);
+    const recall_report recall = measure_recall(
+        ctx, plan_decode(ctx, last.shape, columns_of(choice.kept)), last.q.view(), last.kv());
+    double sum = 0;
+    for (index_t h = 0; h < 4; ++h) {
+      const numbers a = formulas::probabilities(last, h, 0);
+      for (const token_t key : want[at(h / 2)]) sum += a[at(key)] / 4;
+    }
+    // Relative to the mass: that of two lse.
+    EXPECT_NEAR(recall.mean, sum, 2 * formulas::probability_error(last, 200));
+  };
+  const auto expect_of = [&](const auto& method) {
+    expect_report(choose_kept_by(ctx, inputs(p), method), method.choose_kept(ctx, inputs(p)));
+  };
+  expect_of(snapkv(60));
+  expect_of(ada_snapkv(60));
+  expect_of(tova(30));
+  expect_of(snapkv(5000));
+  const h2o heaviest{20, 10};
+  expect_report(choose_kept_by(history, heaviest), heaviest.choose_kept(history));
+  // Of nothing all is kept.
+  EXPECT_EQ(choose_kept_by(attention_history(2), heaviest).report().density, 1);
 }
 
 TEST(cache_methods, choose_the_same_on_any_threads) {
@@ -550,7 +613,7 @@ TEST(cache_methods, choose_the_same_on_any_threads) {
   same(sf_snapkv(150, 64));
   same(ada_snapkv(60));
   same(sf_ada_snapkv(150, 64));
-  same(tova{30});
+  same(tova(30));
 }
 
 TEST(cache_methods, refuse_what_does_not_fit) {
@@ -569,7 +632,49 @@ TEST(cache_methods, refuse_what_does_not_fit) {
   m = snapkv(40);
   m.reduce = head_reduce::none;
   EXPECT_NE(error(m), "");
-  EXPECT_NE(error(tova{-1}), "");
+  EXPECT_NE(error(tova(-1)), "");
+  for (const double share : {-0.1, 1.1, std::nan("")}) {
+    EXPECT_NE(error_of([=] { sf_ada_snapkv(1024, 256, share); }), "") << share;
+    EXPECT_NE(error(ada_snapkv(40, 32, share)), "") << share;
+  }
+  EXPECT_EQ(sf_ada_snapkv(no_limit, 256, 1.0).adaptive->floor, no_limit);
+  EXPECT_NE(error_of([] { attention_history(-1); }), "");
+  const attention_history history(1);
+  EXPECT_NE(error_of([&] { h2o(-5, 10).choose_kept(history); }), "");
+  EXPECT_NE(error_of([&] { h2o(10, -5).choose_kept(history); }), "");
+}
+
+// SnapKV's code and The Sparse Frontier's assert so; a cache that holds all keys holds those, too.
+TEST(cache_methods, refuse_to_keep_fewer_keys_than_are_protected) {
+  random_source random(1);
+  all_contexts contexts;
+  const auto refuses = [&](index_t len, const snapkv_method& m) {
+    const attention_problem p = prompt(random, len);
+    return !error_of([&] { m.choose_kept(contexts.any(), inputs(p)); }).empty();
+  };
+  for (const index_t len : {31, 32, 33, 50, 131, 132, 133, 150}) {
+    for (const index_t capacity : {len - 1, len, index_t{31}, index_t{32}, index_t{131},
+                                   index_t{132}, no_limit}) {
+      SCOPED_TRACE(std::to_string(capacity) + " of " + std::to_string(len));
+      const bool drops = capacity < len;
+      EXPECT_EQ(refuses(len, snapkv(capacity)), drops && capacity < 32);
+      EXPECT_EQ(refuses(len, ada_snapkv(capacity)), drops && capacity < 32);
+      EXPECT_EQ(refuses(len, sf_snapkv(capacity)), drops && capacity < 132);
+      EXPECT_EQ(refuses(len, sf_ada_snapkv(capacity)), drops && capacity < 132);
+    }
+  }
+  snapkv_method m = snapkv(40);
+  m.keep.first = m.keep.recent = no_limit;
+  EXPECT_TRUE(refuses(50, m));
+}
+
+// Their sum does not fit an index.
+TEST(h2o, keeps_all_that_a_budget_without_end_allows) {
+  attention_history history(1);
+  const std::vector<float> received = {3, 1, 2};
+  history.add(0, nhd<const float>(received.data(), 3, 1, 1));
+  EXPECT_EQ(h2o(no_limit, no_limit).choose_kept(history), (keep_lists{{0, 1, 2}}));
+  EXPECT_EQ(h2o(no_limit, 0).choose_kept(history), (keep_lists{{0, 1, 2}}));
 }
 
 }  // namespace

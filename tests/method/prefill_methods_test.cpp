@@ -143,6 +143,19 @@ TEST(sf_flexprefill, chooses_by_the_formula) {
   EXPECT_GT(clear, 30);
 }
 
+// The paper's setting: no share, so that the least budget is all there is.
+TEST(sf_flexprefill, of_no_share_is_vertical_slash_with_the_least_budget) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  for (const index_t len : {1, 100, 400, 1000}) {
+    const attention_problem p = prompt(random, len, 2, 1);
+    context& ctx = contexts.any();
+    EXPECT_EQ(masks_of(prefill_plan(ctx, p, sf_flexprefill(0, 512, 164))),
+              masks_of(prefill_plan(ctx, p, sf_vertical_slash(164, 164, 512))));
+  }
+}
+
 TEST(minference_heads, choose_as_each_setting_says) {
   const seed_trace trace;
   random_source random;
@@ -153,7 +166,7 @@ TEST(minference_heads, choose_as_each_setting_says) {
   const attention_plan both = prefill_plan(contexts.any(), p, method);
   const auto first = expand(prefill_plan(contexts.any(), p, minference(40, 110)), 0);
   EXPECT_EQ(expand(both, 0), first);
-  EXPECT_EQ(expand(both, 1), expand(prefill_plan(contexts.any(), p, a_shape{5, 33}), 1));
+  EXPECT_EQ(expand(both, 1), expand(prefill_plan(contexts.any(), p, a_shape(5, 33)), 1));
   EXPECT_NE(error_of([&] {
               prefill_plan(contexts.any(), p, minference_heads{{method.heads[0]}});
             }), "");
@@ -221,7 +234,7 @@ TEST(xattention, chooses_by_the_formula) {
   all_contexts contexts;
   int clear = 0, rows_asked = 0;
   for (int round = 0; round < 16; ++round) {
-    const xattention m{.stride = 4, .threshold = random.pick({0.5, 0.8}), .block_size = 32};
+    const xattention m(4, random.pick({0.5, 0.8}), 32);
     const attention_problem p = prompt_or_chunk(random, random.integer(250, 400), 1, 1);
     const index_t dim = 16;
     const auto element = [&](const owned_tensor& x, index_t t, index_t d) {
@@ -394,7 +407,8 @@ TEST(flexprefill, chooses_by_the_formula) {
       for (index_t t = 0; t < block; ++t) p.k.row(t, 1)[d] += hidden ? 0.0f : 1.0f;
       if (hidden) p.k.row(10, 1)[d] = 4;
     }
-    flexprefill m{.coverage = random.pick({0.5, 0.8}), .block_size = token_t(block)};
+    flexprefill m(random.pick({0.0, 0.5, 0.8}));
+    m.block_size = token_t(block);
     m.min_budget = token_t(random.pick<index_t>({1, block, block + 5, 2 * block}));
     m.max_budget = random.pick({3 * m.block_size, 100'000});
     m.divergence_limit = random.pick({0.05, 0.3});
@@ -425,15 +439,19 @@ TEST(flexprefill, short_prompts_run_dense) {
   random_source random(1);
   all_contexts contexts;
   const attention_problem p = prompt(random, 256, 2, 1);
-  EXPECT_EQ(prefill_plan(contexts.any(), p, flexprefill{}).stats().density_selected(), 1.0);
-  const flexprefill m{.coverage = 0.1, .min_budget = 1};
+  EXPECT_EQ(prefill_plan(contexts.any(), p, flexprefill()).stats().density_selected(), 1.0);
+  const flexprefill m(0.1, 0.1, 1);
   EXPECT_EQ(prefill_plan(contexts.any(), p, m).stats().density_selected(), 1.0);
+  EXPECT_EQ(prefill_plan(contexts.any(), p, flexprefill(0.1, 0.1, 0, 0, 1 << 30))
+                .stats()
+                .density_selected(),
+            1.0);
   const attention_problem longer = prompt(random, 500, 2, 1);
   EXPECT_LT(prefill_plan(contexts.any(), longer, m).stats().density_selected(), 1.0);
   // Up to two blocks or the least budget, in whole blocks.
   for (const index_t len : {1, 65, 128, 129, 192, 400}) {
     const attention_problem q = prompt(random, len, 1, 1);
-    flexprefill blocks{.coverage = 0.01, .divergence_limit = 0, .min_budget = 1, .block_size = 64};
+    flexprefill blocks(0.01, 0, 1, 100'000, 64);
     EXPECT_EQ(prefill_plan(contexts.any(), q, blocks).stats().density_selected() == 1, len <= 128);
     blocks.min_budget = 129;
     EXPECT_EQ(prefill_plan(contexts.any(), q, blocks).stats().density_selected() == 1, len <= 192);
@@ -456,12 +474,12 @@ TEST(tri_shape, is_the_a_shape_and_its_last_rows_are_dense) {
   all_contexts contexts;
   for (const index_t len : {1, 50, 99, 100, 101, 300, 1000}) {
     const attention_problem p = prompt(random, len, 2, 1);
-    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, tri_shape{8, 40}),
+    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, tri_shape(8, 40)),
                         [&](index_t, index_t row, index_t key) {
                           return key < 8 || row - key < 40 || row >= len - 100;
                         }))
         << len;
-    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, a_shape{8, 40}),
+    EXPECT_TRUE(selects(prefill_plan(contexts.any(), p, a_shape(8, 40)),
                         [&](index_t, index_t row, index_t key) {
                           return key < 8 || row - key < 40;
                         }))

@@ -209,8 +209,8 @@ inline std::vector<preset> all_presets() {
     list.push_back(detail::evicting_preset(std::move(name), first, recent, method_for));
   };
 
-  prefill("a_shape", [](const in_t&, index_t b) { return sattn::a_shape{4, token_t(b)}; });
-  prefill("tri_shape", [](const in_t&, index_t b) { return sattn::tri_shape{4, token_t(b), 30}; },
+  prefill("a_shape", [](const in_t&, index_t b) { return sattn::a_shape(4, token_t(b)); });
+  prefill("tri_shape", [](const in_t&, index_t b) { return sattn::tri_shape(4, token_t(b), 30); },
           true);
   prefill("minference", [](const in_t&, index_t b) {
     return sattn::minference(30 + token_t(b), 100 + token_t(b));
@@ -224,14 +224,14 @@ inline std::vector<preset> all_presets() {
           [](const in_t& in, index_t b) { return sattn::sf_flexprefill(in.share(b), 64, 10); },
           true);
   prefill("flexprefill", [](const in_t& in, index_t b) {
-    return sattn::flexprefill{.coverage = in.share(b), .min_budget = 32, .block_size = 32};
+    return sattn::flexprefill(in.share(b), 0.1, 32, 100'000, 32);
   }, true);
   prefill("sf_block_sparse",
           [](const in_t&, index_t b) { return sattn::sf_block_sparse(16, 3 + b / 16); });
   prefill("minference_block",
           [](const in_t&, index_t b) { return sattn::minference_block(1 + b / 64); });
   prefill("xattention", [](const in_t& in, index_t b) {
-    return sattn::xattention{.stride = 8, .threshold = in.share(b), .block_size = 64};
+    return sattn::xattention(8, in.share(b), 64);
   });
   prefill("scored_blocks", [](const in_t& in, index_t b) {
     return sattn::scored_blocks{in.blocks, {budget::fixed(b / 16), {.diagonal = true}},
@@ -275,7 +275,7 @@ inline std::vector<preset> all_presets() {
   cache("sf_ada_snapkv", 4, 128, [](index_t b) { return sattn::sf_ada_snapkv(b); });
   cache("sf_ada_snapkv, few protected", 2, 6,
         [](index_t b) { return detail::with_few_protected(sattn::sf_ada_snapkv(b, 32)); });
-  cache("tova", 0, 0, [](index_t b) { return sattn::tova{b}; });
+  cache("tova", 0, 0, [](index_t b) { return sattn::tova(b); });
   // The third of four layers.
   list.push_back(
       detail::cache_preset("pyramid", 0, 8, [](sattn::context& ctx, const in_t& in, index_t b) {
@@ -286,7 +286,7 @@ inline std::vector<preset> all_presets() {
   };
   list.push_back(
       detail::cache_preset("h2o", 0, 8, [](sattn::context& ctx, const in_t& in, index_t b) {
-        return sattn::h2o{b - b / 2, b / 2}.choose_kept(detail::history_of(ctx, in));
+        return sattn::h2o(b - b / 2, b / 2).choose_kept(detail::history_of(ctx, in));
       }));
   return list;
 }

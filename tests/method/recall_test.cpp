@@ -78,6 +78,33 @@ TEST(recall, of_everything_is_one) {
   EXPECT_EQ(nothing.least, 0);
 }
 
+// What is not a number must not read as perfect.
+TEST(recall, of_nan_is_nan) {
+  const seed_trace trace;
+  random_source random;
+  all_contexts contexts;
+  const attention_problem fine(random, {.q_len = 20, .kv_len = 20, .q_heads = 4, .kv_heads = 2});
+  context& ctx = contexts.any();
+  const auto measure = [&](const attention_problem& p) {
+    return measure_recall(ctx, plan_prefill(ctx, p.shape, sliding_window{5}), p.q.view(), p.kv());
+  };
+  EXPECT_GT(measure(fine).error_bound, 0);
+  attention_problem p = fine;
+  // One row of one head, neither the first nor the last.
+  p.q.row(random.integer(1, 19), 1)[0] = std::nanf("");
+  recall_report got = measure(p);
+  EXPECT_TRUE(std::isnan(got.mean));
+  EXPECT_TRUE(std::isnan(got.least));
+  EXPECT_TRUE(std::isnan(got.error_bound));
+  // A value that no row has selected but the first ones.
+  p = fine;
+  p.v.row(0, 0)[random.integer(0, 16)] = std::nanf("");
+  got = measure(p);
+  EXPECT_EQ(got.mean, measure(fine).mean);
+  EXPECT_EQ(got.least, measure(fine).least);
+  EXPECT_TRUE(std::isnan(got.error_bound));
+}
+
 TEST(method_report, says_how_many_keys_each_head_keeps) {
   const seed_trace trace;
   random_source random;

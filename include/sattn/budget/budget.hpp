@@ -10,6 +10,16 @@
 
 namespace sattn {
 
+namespace detail {
+
+/// share * all, rounded up; of a hair less than the product, so that 0.07 of 100 is 7 although the
+/// double is a hair more.
+inline double share_up(double share, double all) {
+  return std::ceil(share * all * (1.0 - 4 * std::numeric_limits<double>::epsilon()));
+}
+
+}  // namespace detail
+
 /// How many units (keys, blocks, distances) to keep. A plain value.
 ///
 /// A budget that reaches the number of legal units keeps them all, which runs as dense attention.
@@ -36,14 +46,16 @@ class budget {
     return {kind::power, 0, factor, exponent};
   }
   /// The fewest units whose scores reach a share of the sum of all scores (top-p). Scores must not
-  /// be negative. Throws: shape_error unless within (0, 1].
+  /// be negative; an infinite one reaches any share. Throws: shape_error unless within (0, 1].
   static budget coverage(double mass) {
     require(mass > 0.0 && mass <= 1.0, "budget: coverage ", mass, " is outside (0, 1]");
     return {kind::coverage, 0, mass, 0.0};
   }
-  /// The same where the scores must exceed the share, which takes one unit more at a tie.
+  /// The same where the scores must exceed the share, which takes one unit more at a tie, and one
+  /// for a share of 0. Throws: shape_error unless within [0, 1].
   static budget coverage_above(double mass) {
-    budget b = coverage(mass);
+    require(mass >= 0.0 && mass <= 1.0, "budget: coverage ", mass, " is outside [0, 1]");
+    budget b{kind::coverage, 0, mass, 0.0};
     b.beyond_ = true;
     return b;
   }
@@ -76,12 +88,10 @@ class budget {
   /// The count for so many legal units; for budgets that do not depend on scores.
   index_t count(index_t legal) const {
     if (kind_ == kind::fixed) return std::min(clamp(count_), legal);
-    // A hair less than the product, so that 0.07 of 100 is 7 although the double is a hair more.
-    constexpr double hair = 4 * std::numeric_limits<double>::epsilon();
     const auto units = static_cast<double>(legal);
     const double all = exponent_ == 1.0 ? units : std::pow(units, exponent_);
     const double wanted =
-        number_ == 0.0 ? 0.0 : std::min(std::ceil(number_ * all * (1.0 - hair)), units);
+        number_ == 0.0 ? 0.0 : std::min(detail::share_up(number_, all), units);
     return std::min(clamp(static_cast<index_t>(wanted)), legal);
   }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -61,8 +62,8 @@ class selector {
   /// Writes the chosen positions into `chosen`, ascending. Scores of -inf mark units that are not
   /// legal; NaN counts as the lowest legal score and has no mass. `diagonal` is the range of units
   /// that hold the rows' own positions.
-  /// Throws: shape_error if protected counts are negative, or if a coverage budget meets a negative
-  /// score.
+  /// Throws: shape_error if protected counts are negative, if positions do not fit 32 bits, or if a
+  /// coverage budget meets a negative score.
   void choose(std::span<const float> scores, const selection& rule, key_range diagonal,
               std::vector<token_t>& chosen);
 
@@ -93,6 +94,8 @@ class selector {
 inline void selector::choose(std::span<const float> scores, const selection& rule,
                              key_range diagonal, std::vector<token_t>& chosen) {
   check_selection(rule);
+  require(std::ssize(scores) <= std::numeric_limits<token_t>::max(), "selection: ", scores.size(),
+          " scores, positions are 32 bit");
   const protection& keep = rule.keep;
   constexpr float illegal = -std::numeric_limits<float>::infinity();
   const auto n = static_cast<token_t>(scores.size());
@@ -128,13 +131,17 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
   };
   const budget& amount = rule.amount;
   const bool slots = keep.counted == protection::counting::slots;
+  // A unit of infinite mass exceeds any share, alone.
+  const auto share_of = [&](double mass) {
+    return std::isinf(mass) ? std::numeric_limits<double>::max() : amount.share() * mass;
+  };
   index_t covered = 0;  // units that cover the share when none is protected
   if (slots && amount.by() == budget::kind::coverage) {
     double mass = 0.0;
     for (const float score : scores) mass += score == illegal ? 0.0 : mass_of(score);
     covered = amount.share() == 1.0
                   ? legal
-                  : covering(gather(is_legal), scores, amount.share() * mass, amount.beyond());
+                  : covering(gather(is_legal), scores, share_of(mass), amount.beyond());
   }
   const std::span<std::uint64_t> candidates =
       gather([&](token_t i) { return is_legal(i) && !is_kept(i); });
@@ -168,7 +175,7 @@ inline void selector::choose(std::span<const float> scores, const selection& rul
     if (slots) {
       wanted = amount.clamp(covered) - kept;
     } else {
-      const double target = amount.share() * all - (inside ? protected_mass : 0.0);
+      const double target = share_of(all) - (inside ? protected_mass : 0.0);
       wanted = amount.share() == 1.0 ? free
                                      : covering(candidates, scores, target, amount.beyond());
       wanted = inside ? amount.clamp(wanted + kept) - kept : amount.clamp(wanted);

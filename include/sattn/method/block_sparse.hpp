@@ -18,6 +18,10 @@ struct block_sparse_method {
   head_reduce reduce = head_reduce::none;
   bool probabilities = false;  // for budgets by coverage
 
+  /// A list for each block of rows of each set of heads that `reduce` leaves.
+  /// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim].
+  /// Throws: shape_error if shapes do not fit, a block is not positive, protected counts are
+  /// negative or a coverage budget meets a negative score; std::bad_alloc.
   block_lists choose(context& ctx, const method_inputs& in) const {
     const score_tensor scores =
         pooled_block_scores(ctx, in.shape, in.q, in.k,
@@ -43,10 +47,14 @@ inline block_sparse_method minference_block(index_t top_blocks = 100) {
 /// the first block and the row's own count first. Throws: shape_error where a soft cap is set.
 /// Source: XAttention (arXiv:2503.16428).
 struct xattention {
-  token_t stride = 16;
-  double threshold = 0.9;
-  token_t block_size = 128;
-  head_reduce reduce = head_reduce::none;
+  token_t stride;
+  double threshold;
+  token_t block_size;
+  head_reduce reduce;
+
+  explicit constexpr xattention(token_t every = 16, double share = 0.9, token_t block = 128,
+                                head_reduce group = head_reduce::none)
+      : stride(every), threshold(share), block_size(block), reduce(group) {}
 
   block_lists choose(context& ctx, const method_inputs& in) const {
     const score_tensor scores = antidiagonal_block_scores(ctx, in.shape, in.q, in.k,

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/method/cache_method.hpp>
 #include <sattn/method/method.hpp>
 #include <sattn/method/quest.hpp>
-#include <sattn/method/snapkv.hpp>
 #include <sattn/pattern/basic.hpp>
 
+#include <map>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -37,7 +38,8 @@ inline preselected_pages pages_of(const keep_lists& kept, token_t page_size, ind
 
 /// One choice for several decode steps and layers: what is chosen anew every `steps` steps, by the
 /// first of every `layers` layers, serves the others. Keys that came since then are attended to by
-/// all. Layers that a method treats apart need groups of their own. Every step has as many rows.
+/// all. Layers that a method treats apart need groups of their own. Every step has as many rows. A
+/// step before that of a choice, as after drafts were taken back, chooses anew.
 /// Stateful; one per sequence.
 /// Source: KTransformers' token_step and layer_step.
 template <attention_method M>
@@ -49,21 +51,20 @@ class reused {
     require(steps > 0 && layers > 0, "reused: every ", steps, " steps, every ", layers, " layers");
   }
 
-  /// Layers of a step come in order. Throws: shape_error as the method does, where a group of
-  /// layers does not begin with its first one, or where keys were dropped since: call forget()
-  /// then; std::bad_alloc.
+  /// Layers of a step come in order. Throws: shape_error as the method does, where a number is
+  /// negative, where a group of layers does not begin with its first one in a step that chooses, or
+  /// where keys were dropped since: call forget() then; std::bad_alloc.
   any_pattern choose(context& ctx, const method_inputs& in, index_t step, index_t layer) {
     require(step >= 0 && layer >= 0, "reused: step ", step, ", layer ", layer);
-    const auto group = static_cast<std::size_t>(layer / layers_);
-    if (groups_.size() <= group) groups_.resize(group + 1);
-    std::optional<chosen>& last = groups_[group];
-    if (layer % layers_ == 0 && (!last || step >= last->step + steps_)) {
+    std::optional<chosen>& last = groups_[layer / layers_];
+    const bool serves = last && step >= last->step && step - last->step < steps_;
+    if (layer % layers_ == 0 && !serves) {
       method_inputs of_layer = in;
       of_layer.layer = layer;
       last.emplace(chosen{method_.choose(ctx, of_layer), step, in.shape.kv_len});
     }
-    require(last.has_value(), "reused: layer ", layer, " came before layer ",
-            layer / layers_ * layers_);
+    require(serves || layer % layers_ == 0, "reused: layer ", layer, " of step ", step,
+            " came before layer ", layer / layers_ * layers_);
     const index_t since = in.shape.kv_len - last->kv_len;
     require(since >= 0, "reused: ", in.shape.kv_len, " keys, ", last->kv_len,
             " when the choice was made");
@@ -84,7 +85,7 @@ class reused {
   M method_;
   index_t steps_;
   index_t layers_;
-  std::vector<std::optional<chosen>> groups_;
+  std::map<index_t, std::optional<chosen>> groups_;  // by place of the group; few may be in use
 };
 
 /// A method for each layer, of_layer(layer): budgets by layer. A budget beyond the length runs

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/budget/budget.hpp>
 #include <sattn/method/method.hpp>
 #include <sattn/pattern/basic.hpp>
 
@@ -14,7 +15,8 @@
 
 namespace sattn {
 
-/// Heads that retrieve see everything, the others stream: first keys and last ones.
+/// Heads that retrieve see everything, the others stream: first keys and last ones. The pattern
+/// file of Llama 3.1 comes with 128 and 256 of them.
 /// Source: DuoAttention (arXiv:2410.10819).
 struct duo {
   std::vector<bool> retrieves;  // [kv_heads]
@@ -96,7 +98,7 @@ inline duo duo_layer(const duo_gates& gates, index_t layer, double sparsity, tok
   });
   // The quantile lies at place sparsity * (n - 1) of the ascending gates; at 1 all heads stream.
   const auto streaming = static_cast<index_t>(
-      std::ceil(sparsity * static_cast<double>(std::ssize(all) - 1)));
+      detail::share_up(sparsity, static_cast<double>(std::ssize(all) - 1)));
   const index_t kept = sparsity == 1.0 ? 0 : std::ssize(all) - streaming;
   duo result{std::vector<bool>(static_cast<std::size_t>(heads), false), sinks, window};
   for (index_t i = 0; i < kept; ++i) {

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <sattn/budget/select.hpp>
+#include <sattn/core/math.hpp>
 #include <sattn/estimate/row_scores.hpp>
+#include <sattn/method/cache_method.hpp>
 #include <sattn/method/method.hpp>
-#include <sattn/method/snapkv.hpp>
 
+#include <limits>
 #include <span>
 #include <utility>
 #include <vector>
@@ -16,8 +18,11 @@ namespace sattn {
 /// evicts.
 class attention_history {
  public:
-  explicit attention_history(index_t kv_heads)
-      : mass_(static_cast<std::size_t>(kv_heads)) {}
+  /// Throws: shape_error if kv_heads is negative; std::bad_alloc.
+  explicit attention_history(index_t kv_heads) {
+    require(kv_heads >= 0, "attention_history: ", kv_heads, " kv heads");
+    mass_.resize(static_cast<std::size_t>(kv_heads));
+  }
 
   /// Adds what one call gave to the keys of a head: [kv_len, 1, 1], the mass that attend() writes.
   /// Keys that are new begin at 0. Throws: shape_error unless the head exists and has no fewer keys
@@ -61,28 +66,47 @@ class attention_history {
   std::vector<std::vector<float>> mass_;
 };
 
-/// Keeps the keys that have received most attention so far, and the last ones.
+/// Keeps the keys that have received most attention so far, and the last ones. The query heads of a
+/// group count together, as in the mass that attend() sums; the source has no groups. The defaults
+/// are ours: its code has 4 heavy keys and 512 recent ones, the paper a tenth of the prompt each.
+/// History sums are f32: what a key receives is lost where it is less than 2^-24 of its sum.
 /// Source: H2O (arXiv:2306.14048).
 struct h2o {
-  index_t heavy = 512;
-  index_t recent = 512;
+  index_t heavy;
+  index_t recent;
 
+  explicit constexpr h2o(index_t heaviest = 512, index_t last = 512)
+      : heavy(heaviest), recent(last) {}
+
+  /// Throws: shape_error if a number is negative; std::bad_alloc.
   keep_lists choose_kept(const attention_history& history) const {
+    require(heavy >= 0 && recent >= 0, "h2o: ", heavy, " heavy and ", recent, " recent keys");
+    index_t all = 0;
+    if (!add(heavy, recent, all)) all = std::numeric_limits<index_t>::max();
     keep_lists kept(static_cast<std::size_t>(history.kv_heads()));
     selector choose;
     for (index_t h = 0; h < history.kv_heads(); ++h) {
-      choose.choose(history.of_head(h), {budget::fixed(heavy + recent), {.recent = recent}}, {},
+      choose.choose(history.of_head(h), {budget::fixed(all), {.recent = recent}}, {},
                     kept[static_cast<std::size_t>(h)]);
     }
     return kept;
   }
 };
 
+/// As choose_kept_by() of other cache methods. Throws: shape_error as the method does.
+inline cache_choice choose_kept_by(const attention_history& history, const h2o& method) {
+  index_t keys = 0;
+  for (index_t h = 0; h < history.kv_heads(); ++h) keys += std::ssize(history.of_head(h));
+  return detail::choose_kept_timed(keys, [&] { return method.choose_kept(history); });
+}
+
 /// Keeps the keys that the last query attends to most, by the mean over all query heads: the same
-/// for every kv head, none protected.
+/// for every kv head, none protected. The source has no default capacity.
 /// Source: TOVA (arXiv:2401.06104).
 struct tova {
-  index_t capacity = 1024;
+  index_t capacity;
+
+  explicit constexpr tova(index_t keys = 1024) : capacity(keys) {}
 
   /// Throws: shape_error if the capacity is negative or there is no query.
   keep_lists choose_kept(context& ctx, const method_inputs& in) const {

@@ -26,15 +26,26 @@ namespace sattn {
 /// Attention over at most two blocks or min_budget keys runs dense.
 /// Source: FlexPrefill (arXiv:2502.20766) and its code. As there, a block diagonal is one block
 /// wide. Unlike there, distances are counted from the last row where the length is no multiple of
-/// the block, and the pair of blocks with which the share is reached is taken, too.
+/// the block, the pair of blocks with which the share is reached is taken, too, counts of units are
+/// divided by the block, not by 128, and blocks without mass add nothing to the divergence, which
+/// is NaN there in the source, and such a head not query-aware.
 struct flexprefill {
-  double coverage = 0.9;         // gamma
-  double divergence_limit = 0.1; // tau
-  token_t min_budget = 1024;     // keys
-  token_t max_budget = std::numeric_limits<token_t>::max();
-  token_t block_size = 128;
+  double coverage;          // gamma
+  double divergence_limit;  // tau
+  token_t min_budget;       // keys
+  token_t max_budget;       // keys
+  token_t block_size;
 
-  /// Throws: shape_error unless coverage is in (0, 1], block_size positive and budgets in order.
+  explicit constexpr flexprefill(double gamma = 0.9, double tau = 0.1, token_t least = 1024,
+                                 token_t most = std::numeric_limits<token_t>::max(),
+                                 token_t block = 128)
+      : coverage(gamma),
+        divergence_limit(tau),
+        min_budget(least),
+        max_budget(most),
+        block_size(block) {}
+
+  /// Throws: shape_error unless coverage is in [0, 1], block_size positive and budgets in order.
   any_pattern choose(context& ctx, const method_inputs& in) const;
 
  private:
@@ -60,13 +71,13 @@ inline index_t flexprefill::blocks_for(std::span<const float> values) const {
 }
 
 inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) const {
-  require(coverage > 0.0 && coverage <= 1.0, "flexprefill: coverage ", coverage,
-          " is outside (0, 1]");
+  require(coverage >= 0.0 && coverage <= 1.0, "flexprefill: coverage ", coverage,
+          " is outside [0, 1]");
   require(block_size > 0 && min_budget >= 0 && max_budget >= min_budget, "flexprefill: block_size ",
           block_size, ", budgets from ", min_budget, " to ", max_budget);
   const attention_shape& shape = in.shape;
   const index_t short_length =
-      std::max<index_t>(2 * block_size, round_up(min_budget, block_size));
+      std::max<index_t>(2 * index_t{block_size}, round_up(min_budget, block_size));
   if (shape.kv_len <= short_length || shape.q_len == 0) return dense{};
 
   const last_query_sums sums = last_query_scores(ctx, shape, in.q, in.k, block_size,
@@ -119,7 +130,7 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
         }
       }
     }
-    if (query_aware) {
+    if (query_aware && coverage > 0.0) {
       // One pool for the head: every row of blocks has a mass of 1.
       const std::span<const float> all(pooled.values.data() + head * rows * cols,
                                        static_cast<std::size_t>(rows * cols));

@@ -91,6 +91,7 @@ inline index_t pages_of_budget(index_t token_budget, token_t page_size) {
 
 /// The preset of Quest's kernels: token_budget / page_size pages, the last one among them, a list
 /// for each query head, two dense layers.
+/// Throws: shape_error unless token_budget is not negative and page_size positive.
 inline quest_method quest(index_t token_budget = 512, token_t page_size = 16) {
   const index_t pages = detail::pages_of_budget(token_budget, page_size);
   return {{budget::fixed(pages), {.recent = 1}}, page_size, head_reduce::none, 2};
@@ -98,6 +99,7 @@ inline quest_method quest(index_t token_budget = 512, token_t page_size = 16) {
 
 /// The preset of The Sparse Frontier (arXiv:2504.17768): so many pages and the last one besides, by
 /// the sum over a group unless `shared` is false.
+/// Throws: shape_error as quest() does.
 inline quest_method sf_quest(index_t token_budget = 1024, token_t page_size = 16,
                              bool shared = true) {
   const index_t pages = detail::pages_of_budget(token_budget, page_size);

@@ -5,14 +5,21 @@
 #include <sattn/attention/plan.hpp>
 #include <sattn/kv/store_row.hpp>
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 namespace sattn {
 
-/// How much of full attention a plan keeps.
+namespace detail {
+
+/// As std::min and std::max, but NaN where either is.
+inline double min_or_nan(double a, double b) { return b < a || std::isnan(b) ? b : a; }
+inline double max_or_nan(double a, double b) { return b > a || std::isnan(b) ? b : a; }
+
+}  // namespace detail
+
+/// How much of full attention a plan keeps. NaN where the attention or the values are NaN.
 struct recall_report {
   double mean = 1.0;   // share of the attention mass on the selected keys, over rows and heads
   double least = 1.0;  // of any row and head
@@ -56,7 +63,7 @@ inline recall_report measure_recall(context& ctx, const attention_plan& plan,
       load_row(values, static_cast<token_t>(t), kv.v.dim, row.data());
       for (const float x : row) {
         largest[static_cast<std::size_t>(h)] =
-            std::max(largest[static_cast<std::size_t>(h)], std::abs(double{x}));
+            detail::max_or_nan(largest[static_cast<std::size_t>(h)], std::abs(double{x}));
       }
     }
   }
@@ -65,11 +72,13 @@ inline recall_report measure_recall(context& ctx, const attention_plan& plan,
   for (std::size_t i = 0; i < rows; ++i) {
     constexpr float none = -std::numeric_limits<float>::infinity();
     const double recall =
-        all[i] == none ? 1.0 : std::min(1.0, std::exp(double{some[i]} - double{all[i]}));
+        all[i] == none
+            ? 1.0
+            : detail::min_or_nan(1.0, std::exp(double{some[i]} - double{all[i]}));
     const index_t head = static_cast<index_t>(i) % shape.q_heads;
     sum += recall;
-    report.least = std::min(report.least, recall);
-    report.error_bound = std::max(
+    report.least = detail::min_or_nan(report.least, recall);
+    report.error_bound = detail::max_or_nan(
         report.error_bound,
         2.0 * (1.0 - recall) * largest[static_cast<std::size_t>(head / shape.group_size())]);
   }

@@ -4,6 +4,7 @@
 #include <sattn/budget/adaptive.hpp>
 #include <sattn/estimate/last_queries.hpp>
 #include <sattn/estimate/smooth.hpp>
+#include <sattn/method/cache_method.hpp>
 #include <sattn/method/method.hpp>
 
 #include <algorithm>
@@ -14,12 +15,10 @@
 
 namespace sattn {
 
-/// Which keys each kv head keeps, ascending: what paged_kv_cache::evict takes.
-using keep_lists = std::vector<std::vector<token_t>>;
-
 /// Keeps the keys that the last queries of a prompt attended to most, smoothed along the keys.
 ///
-/// capacity counts all that stays, protected keys too. The last queries are the last rows of the
+/// capacity counts all that stays, protected keys too, which it must hold unless it holds all keys,
+/// as in the sources. The last queries are the last rows of the
 /// inputs: with chunked prefill those of the last chunk.
 /// Source: SnapKV (arXiv:2404.14469); with `adaptive`, Ada-KV (arXiv:2407.11550).
 struct snapkv_method {
@@ -35,7 +34,8 @@ struct snapkv_method {
   // The heads of the call share their budget; of_head and keep are taken from above.
   std::optional<adaptive_budget> adaptive = std::nullopt;
 
-  /// Throws: shape_error if numbers are out of range or reduce is none.
+  /// Throws: shape_error if numbers are out of range, reduce is none or fewer keys than are
+  /// protected may stay; std::bad_alloc.
   keep_lists choose_kept(context& ctx, const method_inputs& in) const;
 };
 
@@ -72,6 +72,10 @@ inline keep_lists snapkv_method::choose_kept(context& ctx, const method_inputs& 
   require(capacity >= 0, "snapkv: capacity ", capacity, " is negative");
   const selection rule{budget::fixed(capacity), keep};
   check_selection(rule);
+  require(capacity >= in.shape.kv_len ||
+              (keep.first <= capacity && keep.recent <= capacity - keep.first),
+          "snapkv: a capacity of ", capacity, " is less than the first ", keep.first,
+          " and last ", keep.recent, " keys, which stay; there are ", in.shape.kv_len);
   require(pool_width > 0 && pool_width % 2 == 1, "snapkv: pool_width ", pool_width,
           ", expected an odd number");
   const score_tensor scores = detail::snapkv_scores(ctx, in, *this);
@@ -92,6 +96,8 @@ inline keep_lists snapkv_method::choose_kept(context& ctx, const method_inputs& 
 
 /// The defaults of SnapKV's code: 32 last queries, which stay, averages of 5. It has no groups;
 /// here a kv head takes the mean of its query heads, as kvpress does.
+/// Throws: nothing, as the presets below unless they say so; choose_kept refuses what is out of
+/// range.
 inline snapkv_method snapkv(index_t capacity = 1024, token_t window = 32, index_t pool_width = 5) {
   return {.capacity = capacity, .last_queries = window, .pool_width = pool_width,
           .keep = {.recent = window}};
@@ -125,13 +131,18 @@ inline snapkv_method ada_snapkv(index_t capacity = 1024, token_t window = 32,
 
 /// The preset of The Sparse Frontier: the largest probability of the window and of the group, and a
 /// fifth of the budget, at least what is protected, for every head.
+/// Throws: shape_error unless floor_share is in [0, 1].
 inline snapkv_method sf_ada_snapkv(index_t capacity = 1024, token_t approximation = 256,
                                    double floor_share = 0.2) {
+  require(floor_share >= 0.0 && floor_share <= 1.0, "sf_ada_snapkv: floor_share ", floor_share,
+          " is outside [0, 1]");
   snapkv_method m = sf_snapkv(capacity, approximation);
   m.row_maxima = true;
   m.reduce = head_reduce::max;
   m.pool_joined = true;
-  const auto share = static_cast<index_t>(static_cast<double>(capacity) * floor_share);
+  const index_t share =
+      floor_share < 1.0 ? static_cast<index_t>(static_cast<double>(capacity) * floor_share)
+                        : capacity;
   m.adaptive = adaptive_budget{.floor = std::max(share, m.keep.first + m.keep.recent)};
   return m;
 }
@@ -140,28 +151,35 @@ inline snapkv_method sf_ada_snapkv(index_t capacity = 1024, token_t approximatio
 /// the total a little, or so that all layers add up to layers * capacity.
 enum class pyramid_steps { published, exact };
 
+struct pyramid_schedule {
+  index_t beta = 20;  // the last layer keeps its window and 1 / beta of what layers have besides
+  pyramid_steps steps = pyramid_steps::published;
+};
+
 /// What a layer of PyramidKV may keep, of `capacity` on average: more in the first layers, in equal
 /// steps. Prompts of up to `capacity` keys keep everything, those of less than
 /// 2 * (capacity - window) the same in every layer.
-/// Throws: shape_error unless the layer exists and, for longer prompts, window <= capacity and
-/// beta >= 1.
+/// Throws: shape_error unless the layer exists, no number is negative, beta >= 1 and, where not all
+/// is kept, window <= capacity.
 /// Source: PyramidKV (arXiv:2406.02069).
 inline index_t pyramid_capacity(index_t layer, index_t layers, index_t kv_len,
-                                index_t capacity = 1024, index_t window = 32, index_t beta = 20,
-                                pyramid_steps steps = pyramid_steps::published) {
+                                index_t capacity = 1024, index_t window = 32,
+                                const pyramid_schedule& schedule = {}) {
   require(layer >= 0 && layer < layers, "pyramid_capacity: layer ", layer, " of ", layers);
+  require(kv_len >= 0 && capacity >= 0 && window >= 0 && schedule.beta >= 1,
+          "pyramid_capacity: ", kv_len, " keys, capacity ", capacity,
+          ", a window of ", window, ", beta ", schedule.beta);
   if (kv_len <= capacity) return kv_len;
-  require(window >= 0 && window <= capacity && beta >= 1, "pyramid_capacity: capacity ", capacity,
-          " with a window of ", window, ", beta ", beta);
+  require(window <= capacity, "pyramid_capacity: capacity ", capacity, ", a window of ", window);
   const index_t middle = capacity - window;
   if (layers == 1 || kv_len < 2 * middle) return capacity;
-  index_t least = middle / beta;
+  index_t least = middle / schedule.beta;
   index_t most = 2 * middle - least;
   if (most >= kv_len - window) {
     most = kv_len - window;
     least = 2 * middle - most;
   }
-  if (steps == pyramid_steps::exact) {
+  if (schedule.steps == pyramid_steps::exact) {
     // What the first `count` layers may keep, rounded down.
     const auto first = [&](index_t count) {
       return count * (2 * most * (layers - 1) - (most - least) * (count - 1)) / (2 * (layers - 1));
@@ -172,11 +190,12 @@ inline index_t pyramid_capacity(index_t layer, index_t layers, index_t kv_len,
   return most - layer * step + window;
 }
 
-/// SnapKV with PyramidKV's capacity for a layer.
+/// SnapKV with PyramidKV's capacity for a layer; pool_width and pool of the result can be turned.
+/// Throws: shape_error as pyramid_capacity does.
 inline snapkv_method pyramid(index_t layer, index_t layers, index_t kv_len,
                              index_t capacity = 1024, token_t window = 32,
-                             pyramid_steps steps = pyramid_steps::published) {
-  return snapkv(pyramid_capacity(layer, layers, kv_len, capacity, window, 20, steps), window);
+                             const pyramid_schedule& schedule = {}) {
+  return snapkv(pyramid_capacity(layer, layers, kv_len, capacity, window, schedule), window);
 }
 
 }  // namespace sattn

@@ -23,6 +23,10 @@ struct vertical_slash_method {
   token_t last_queries = 64;
   head_reduce reduce = head_reduce::none;
 
+  /// A pattern for each set of heads that `reduce` leaves: q_heads, or kv_heads.
+  /// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim].
+  /// Throws: shape_error if shapes do not fit, last_queries is not positive or protected counts are
+  /// negative; std::bad_alloc.
   per_head choose(context& ctx, const method_inputs& in) const {
     return select_vertical_slash(
         last_query_scores(ctx, in.shape, in.q, in.k, last_queries, in.rules(reduce)), columns,
@@ -32,6 +36,7 @@ struct vertical_slash_method {
 
 /// The preset of MInference's code: 30 first keys, 100 nearest distances, 64 last queries. Its own
 /// choice of distances is arbitrary where slash < 100; here all 100 nearest are kept then.
+/// Throws: shape_error if a budget is negative.
 inline vertical_slash_method minference(token_t vertical = 1000, token_t slash = 6096) {
   return {{budget::fixed(vertical), {.first = 30}}, {budget::fixed(slash), {.first = 100}}, 64};
 }
@@ -73,6 +78,7 @@ struct minference_heads {
 };
 
 /// The preset of The Sparse Frontier (arXiv:2504.17768): 4 first keys, 64 nearest distances.
+/// Throws: shape_error if a budget is negative.
 inline vertical_slash_method sf_vertical_slash(token_t vertical = 512, token_t slash = 512,
                                                token_t approximation = 256) {
   return {{budget::fixed(vertical), {.first = 4}},
@@ -82,7 +88,9 @@ inline vertical_slash_method sf_vertical_slash(token_t vertical = 512, token_t s
 
 /// The same with as many columns and distances as cover a share of the mass, at least min_budget:
 /// the FlexPrefill of The Sparse Frontier. The shares are of the mass of all columns and of all
-/// distances; what is protected takes places of the budget.
+/// distances; what is protected takes places of the budget. A share of 0, which the paper uses,
+/// leaves min_budget.
+/// Throws: shape_error unless coverage is in [0, 1] and min_budget is not negative.
 inline vertical_slash_method sf_flexprefill(double coverage = 0.65, token_t approximation = 512,
                                             token_t min_budget = 512) {
   using enum protection::counting;
