@@ -152,11 +152,24 @@ TEST_F(real_data, prefill_methods_recall_more_than_random_keys_and_less_than_the
   for (const token_t w : {128, 384, 1024}) {
     measure("a_shape 4 + " + std::to_string(w), a_shape{4, w});
   }
+  for (const token_t w : {128, 1024}) {
+    measure("tri_shape 4 + " + std::to_string(w), tri_shape{4, w});
+  }
   for (const token_t b : {128, 256, 512}) {
     measure("sf_vertical_slash " + std::to_string(b), sf_vertical_slash(b, b));
   }
   for (const token_t b : {100, 200, 400}) {
     measure("minference " + std::to_string(b), minference(b, 2 * b));
+  }
+  // Every second head streams.
+  for (const token_t b : {100, 400}) {
+    using kind = minference_head::kind;
+    minference_heads heads;
+    for (index_t h = 0; h < layer.q_heads(); ++h) {
+      heads.heads.push_back(h % 2 == 0 ? minference_head{kind::vertical_slash, b, 2 * b}
+                                       : minference_head{kind::streaming, 4, 2 * b});
+    }
+    measure("minference_heads " + std::to_string(b), heads);
   }
   for (const double c : {0.3, 0.5, 0.65}) {
     measure("sf_flexprefill " + std::to_string(c).substr(0, 4), sf_flexprefill(c, 512, 128));
@@ -178,6 +191,9 @@ TEST_F(real_data, prefill_methods_recall_more_than_random_keys_and_less_than_the
     measure("xattention " + std::to_string(c).substr(0, 4), xattention(16, c));
   }
   for (const index_t b : {64, 256, 1024}) measure("top_k " + std::to_string(b), top_k(b));
+  for (const double c : {0.5, 0.9}) {
+    measure("twilight " + std::to_string(c).substr(0, 4), twilight(c));
+  }
 }
 
 TEST_F(real_data, decode_methods_recall_more_than_random_keys_and_less_than_the_best) {
@@ -221,6 +237,12 @@ TEST_F(real_data, decode_methods_recall_more_than_random_keys_and_less_than_the_
   for (const index_t b : {128, 256, 512, 1024}) {
     const std::string budget = std::to_string(b);
     measure("streaming 4 + " + budget, [=](const stored_view&) { return a_shape{4, token_t(b)}; });
+    // The first kv head retrieves.
+    measure("duo 4 + " + budget, [&](const stored_view&) {
+      duo heads{std::vector<bool>(at(k.heads), false), 4, token_t(b)};
+      heads.retrieves[0] = true;
+      return heads;
+    });
     measure("quest " + budget, [=](const stored_view&) { return quest(b); });
     measure("sf_quest " + budget, [=](const stored_view&) { return sf_quest(b); });
     measure("twilight of sf_quest " + budget,
@@ -228,6 +250,10 @@ TEST_F(real_data, decode_methods_recall_more_than_random_keys_and_less_than_the_
     measure("shadow_top_k " + budget,
             [=](const stored_view& s) { return shadow_top_k(b, s); });
     measure("top_k " + budget, [=](const stored_view&) { return top_k(b); });
+  }
+  for (const double c : {0.5, 0.9}) {
+    measure("twilight of all keys " + std::to_string(c).substr(0, 4),
+            [=](const stored_view&) { return twilight(c); });
   }
 }
 

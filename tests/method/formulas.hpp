@@ -168,6 +168,22 @@ inline std::pair<index_t, double> cover(numbers scores, double share, double err
   return {k, std::min(gap, sum - target - error * (target + sum))};
 }
 
+/// pool1d(kernel `width`, stride 1, padding width / 2): an average divides by the kernel, zeros
+/// behind the ends; a maximum ignores them.
+inline numbers pool1d(const numbers& x, index_t width, bool maximum) {
+  numbers result;
+  for (index_t i = 0; i < std::ssize(x); ++i) {
+    double sum = 0, top = -infinite;
+    for (index_t j = std::max<index_t>(i - width / 2, 0);
+         j <= std::min(i + width / 2, std::ssize(x) - 1); ++j) {
+      sum += x[at(j)];
+      top = std::max(top, x[at(j)]);
+    }
+    result.push_back(maximum ? top : sum / static_cast<double>(width));
+  }
+  return result;
+}
+
 /// A score and how far one in f32 may be from it.
 struct bounded {
   double value = 0;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <set>
@@ -317,6 +318,16 @@ TEST(presets, select_within_any_domain) {
         const attention_plan plan = m.plan(ctx, in, 16);
         EXPECT_EQ(plan.data().legal, legal);
         EXPECT_TRUE(stays_within_the_domain(plan, false));
+        // Methods that count keys spend nothing on those that a row may not see.
+        const std::set<std::string> counting{"scored_tokens", "shadow_top_k", "top_k",
+                                             "top_k by_layer", "top_k, rows of a prompt"};
+        if (!counting.contains(m.name)) continue;
+        std::int64_t budgets = 0;
+        for (index_t row = 0; row < rows; ++row) {
+          const key_range seen = legal.legal(in.p.shape.position(row), keys);
+          budgets += 4 * std::min<index_t>(16, seen.size());
+        }
+        EXPECT_EQ(plan.stats().selected, budgets);
       }
     }
   }

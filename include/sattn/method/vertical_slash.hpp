@@ -15,7 +15,8 @@ namespace sattn {
 /// Every query head chooses for itself unless `reduce` says otherwise. Of a chunk of a prompt the
 /// last queries are those of the chunk. Budgets count columns and distances; the protected ones are
 /// a part of them.
-/// Source: MInference (arXiv:2407.02490), which computes whole tiles: rounding::cover at 64 rows.
+/// Source: MInference (arXiv:2407.02490). Its kernel computes whole tiles of 64 rows and 64 keys:
+/// all that rounding::cover at 64 rows selects and what else is in these tiles.
 struct vertical_slash_method {
   selection columns;
   selection distances;

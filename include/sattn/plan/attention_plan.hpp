@@ -14,7 +14,7 @@
 namespace sattn {
 
 /// `exact`: a row attends to its selected keys and no others. `cover`: every row of a tile attends
-/// to all legal keys of the hull of its tile's diagonals, as MInference's kernel does.
+/// to all legal keys of the hull of its tile's diagonals; MInference's kernel fills up to 64 keys.
 enum class rounding { exact, cover };
 
 // A tile of 128 rows asks for distances down to -127 when keys may lie ahead of the query.
