@@ -236,7 +236,7 @@ TEST(flexprefill, dense_has_the_ratio_that_its_code_reports) {
     const attention_problem p = one_head_problem(random, 32 * n);
     const attention_plan plan = test_support::prefill_plan(
         contexts.any(), p,
-        sattn::flexprefill{.coverage = 1, .min_budget = 32, .block_size = 32});
+        sattn::flexprefill(1, 0.1, 32, 100'000, 32));
     const std::vector<std::uint8_t> mask = expand(plan, 0);
     index_t blocks = 0;
     for (index_t i = 0; i < n; ++i) {
@@ -297,7 +297,7 @@ TEST(xattention, of_stride_1_is_block_mass_that_just_reaches_the_threshold) {
   };
   const score_tensor scores = scores_of(p);
   const auto method = [](double share) {
-    return sattn::xattention{.stride = 1, .threshold = share, .block_size = block};
+    return sattn::xattention(1, share, block);
   };
   const auto lists = method(threshold).choose(ctx, test_support::inputs(p));
   int dropped = 0;
