@@ -236,7 +236,7 @@ TEST(flexprefill, dense_has_the_ratio_that_its_code_reports) {
     const attention_problem p = one_head_problem(random, 32 * n);
     const attention_plan plan = test_support::prefill_plan(
         contexts.any(), p,
-        sattn::flexprefill(1, 0.1, 32, std::numeric_limits<sattn::token_t>::max(), 32));
+        sattn::flexprefill(1, 0.1, 32, 100'000, 32));
     const std::vector<std::uint8_t> mask = expand(plan, 0);
     index_t blocks = 0;
     for (index_t i = 0; i < n; ++i) {
