@@ -68,11 +68,7 @@ class cache_data {
   double recall(sattn::context& ctx, const sattn::keep_lists& kept) const {
     const attention_shape shape{later, len_, kv_heads * group, kv_heads,
                                 static_cast<token_t>(len_)};
-    sattn::token_lists lists;
-    lists.rows_per_list = later;
-    lists.sets = kv_heads;
-    lists.append(kept);
-    return sattn::measure_recall(ctx, plan_prefill(ctx, shape, lists),
+    return sattn::measure_recall(ctx, plan_prefill(ctx, shape, sattn::columns_of(kept)),
                                  tokens_.q_view().slice(len_, len_ + later), kv()).mean;
   }
 
@@ -138,15 +134,13 @@ inline void run_cache(benchmark::State& state, const cache_method& m, index_t le
   c.run = [&] { cache.evict(kept); };
   const timings t = measure(state, c);
 
-  std::size_t count = 0;
-  for (const std::vector<token_t>& list : kept) count += list.size();
   auto& counters = state.counters;
   counters["choose_ms"] = median(t.plan) * 1e3;
   counters["evict_ms"] = median(t.run) * 1e3;
   counters["dense_ms"] = dense * 1e3;
   if (m.by_history) counters["dense_with_mass_ms"] = with_mass * 1e3;
   counters["share_of_dense_prefill"] = (median(t.plan) + median(t.run)) / dense;
-  counters["density"] = static_cast<double>(count) / static_cast<double>(len * std::ssize(kept));
+  counters["density"] = sattn::cache_choice{kept, len * cache_data::kv_heads}.report().density;
   counters["recall"] = data.recall(ctx, kept);
 }
 

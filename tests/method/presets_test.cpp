@@ -156,15 +156,6 @@ TEST(presets, run_dense_where_the_budget_is_beyond_the_length) {
   }
 }
 
-/// The columns that each kv head keeps.
-per_head columns_of(const keep_lists& kept) {
-  per_head columns;
-  for (const std::vector<token_t>& list : kept) {
-    columns.patterns.emplace_back(vertical_slash{list, {}});
-  }
-  return columns;
-}
-
 TEST(presets, of_caches_keep_their_budget_and_what_they_protect) {
   all_contexts contexts;
   context& ctx = contexts.any();

@@ -4,7 +4,6 @@
 #include <sattn/method/method.hpp>
 #include <sattn/pattern/vertical_slash.hpp>
 
-#include <chrono>
 #include <concepts>
 #include <vector>
 
@@ -46,27 +45,15 @@ struct cache_choice {
   }
 };
 
-namespace detail {
-
-/// Runs choose() under a clock.
-template <class Choose>
-cache_choice choose_kept_timed(index_t keys, const Choose& choose) {
-  using clock = std::chrono::steady_clock;
-  const clock::time_point start = clock::now();
-  cache_choice result{choose(), keys};
-  result.estimate_ms = std::chrono::duration<double, std::milli>(clock::now() - start).count();
-  return result;
-}
-
-}  // namespace detail
-
 /// Chooses by a method and says what that took: the kept lists go to paged_kv_cache::evict.
 /// Throws: shape_error as the method does; std::bad_alloc.
 /// See: docs/methods.md.
 template <cache_method M>
 cache_choice choose_kept_by(context& ctx, const method_inputs& in, const M& method) {
-  return detail::choose_kept_timed(in.shape.kv_heads * in.shape.kv_len,
-                                   [&] { return method.choose_kept(ctx, in); });
+  detail::stopwatch watch;
+  cache_choice result{method.choose_kept(ctx, in), in.shape.kv_heads * in.shape.kv_len};
+  result.estimate_ms = watch.lap_ms();
+  return result;
 }
 
 /// What rows see of the keys that were there when a choice was made: a plan of it says by

@@ -7,7 +7,6 @@
 #include <sattn/pattern/basic.hpp>
 
 #include <map>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -56,21 +55,25 @@ class reused {
   /// where keys were dropped since: call forget() then; std::bad_alloc.
   any_pattern choose(context& ctx, const method_inputs& in, index_t step, index_t layer) {
     require(step >= 0 && layer >= 0, "reused: step ", step, ", layer ", layer);
-    std::optional<chosen>& last = groups_[layer / layers_];
-    const bool serves = last && step >= last->step && step - last->step < steps_;
-    if (layer % layers_ == 0 && !serves) {
+    const index_t group = layer / layers_;
+    const auto found = groups_.find(group);
+    const bool serves = found != groups_.end() && step >= found->second.step &&
+                        step - found->second.step < steps_;
+    require(serves || layer % layers_ == 0, "reused: layer ", layer, " of step ", step,
+            " came before layer ", group * layers_);
+    if (!serves) {
       method_inputs of_layer = in;
       of_layer.layer = layer;
-      last.emplace(chosen{method_.choose(ctx, of_layer), step, in.shape.kv_len});
+      groups_.insert_or_assign(
+          group, chosen{method_.choose(ctx, of_layer), step, in.shape.kv_len});
     }
-    require(serves || layer % layers_ == 0, "reused: layer ", layer, " of step ", step,
-            " came before layer ", layer / layers_ * layers_);
-    const index_t since = in.shape.kv_len - last->kv_len;
-    require(since >= 0, "reused: ", in.shape.kv_len, " keys, ", last->kv_len,
+    const chosen& last = groups_.at(group);
+    const index_t since = in.shape.kv_len - last.kv_len;
+    require(since >= 0, "reused: ", in.shape.kv_len, " keys, ", last.kv_len,
             " when the choice was made");
-    if (since == 0) return last->pattern;
+    if (since == 0) return last.pattern;
     // The newest row sees all of them; earlier rows of the same call a few keys more.
-    return last->pattern | sliding_window{static_cast<token_t>(since)};
+    return last.pattern | sliding_window{static_cast<token_t>(since)};
   }
 
   /// The next step chooses anew in every layer.
@@ -85,7 +88,7 @@ class reused {
   M method_;
   index_t steps_;
   index_t layers_;
-  std::map<index_t, std::optional<chosen>> groups_;  // by place of the group; few may be in use
+  std::map<index_t, chosen> groups_;  // by place of the group; few may be in use
 };
 
 /// A method for each layer, of_layer(layer): budgets by layer. A budget beyond the length runs

@@ -97,7 +97,10 @@ struct h2o {
 inline cache_choice choose_kept_by(const attention_history& history, const h2o& method) {
   index_t keys = 0;
   for (index_t h = 0; h < history.kv_heads(); ++h) keys += std::ssize(history.of_head(h));
-  return detail::choose_kept_timed(keys, [&] { return method.choose_kept(history); });
+  detail::stopwatch watch;
+  cache_choice result{method.choose_kept(history), keys};
+  result.estimate_ms = watch.lap_ms();
+  return result;
 }
 
 /// Keeps the keys that the last query attends to most, by the mean over all query heads: the same

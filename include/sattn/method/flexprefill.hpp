@@ -130,7 +130,7 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
         }
       }
     }
-    if (query_aware && coverage > 0.0) {
+    if (query_aware && coverage > 0.0) {  // the least pairs that hold a share of 0 are none
       // One pool for the head: every row of blocks has a mass of 1.
       const std::span<const float> all(pooled.values.data() + head * rows * cols,
                                        static_cast<std::size_t>(rows * cols));

@@ -87,20 +87,29 @@ struct method_plan {
 
 namespace detail {
 
+/// Says what each of several pieces of work took.
+class stopwatch {
+ public:
+  /// Milliseconds since the last lap, or since it was made.
+  double lap_ms() {
+    const clock::time_point from = std::exchange(last_, clock::now());
+    return std::chrono::duration<double, std::milli>(last_ - from).count();
+  }
+
+ private:
+  using clock = std::chrono::steady_clock;
+  clock::time_point last_ = clock::now();
+};
+
 /// Runs choose() and then write(pattern), each under a clock.
 template <attention_method M, class Write>
 void choose_and_write(context& ctx, const method_inputs& in, const M& method, method_plan& result,
                       const Write& write) {
-  using clock = std::chrono::steady_clock;
-  const auto ms = [](clock::time_point from, clock::time_point to) {
-    return std::chrono::duration<double, std::milli>(to - from).count();
-  };
-  const clock::time_point start = clock::now();
+  stopwatch watch;
   const auto pattern = method.choose(ctx, in);
-  const clock::time_point chosen = clock::now();
+  result.estimate_ms = watch.lap_ms();
   write(pattern);
-  result.estimate_ms = ms(start, chosen);
-  result.plan_ms = ms(chosen, clock::now());
+  result.plan_ms = watch.lap_ms();
 }
 
 }  // namespace detail

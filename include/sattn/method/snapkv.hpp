@@ -18,8 +18,8 @@ namespace sattn {
 /// Keeps the keys that the last queries of a prompt attended to most, smoothed along the keys.
 ///
 /// capacity counts all that stays, protected keys too, which it must hold unless it holds all keys,
-/// as in the sources. The last queries are the last rows of the
-/// inputs: with chunked prefill those of the last chunk.
+/// as in the sources. The last queries are the last rows of the inputs: with chunked prefill those
+/// of the last chunk.
 /// Source: SnapKV (arXiv:2404.14469); with `adaptive`, Ada-KV (arXiv:2407.11550).
 struct snapkv_method {
   index_t capacity = 1024;  // keys of a head
