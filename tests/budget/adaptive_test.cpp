@@ -6,12 +6,12 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <limits>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "support/errors.hpp"
+#include "support/numbers.hpp"
 #include "support/random.hpp"
 
 namespace {
@@ -22,12 +22,11 @@ using sattn::index_t;
 using sattn::protection;
 using sattn::token_t;
 using test_support::error_of;
+using test_support::infinity;
 using test_support::random_source;
 using test_support::seed_trace;
 
 using lists = std::vector<std::vector<token_t>>;
-
-constexpr float illegal = -std::numeric_limits<float>::infinity();
 
 lists choose(const std::vector<float>& scores, index_t heads, const adaptive_budget& rule) {
   lists chosen{{-7}};  // what was there must go
@@ -53,7 +52,7 @@ lists by_sorting(const std::vector<float>& scores, index_t heads, const adaptive
   for (index_t h = 0; h < heads; ++h) {
     std::vector<index_t> legal;
     for (index_t i = 0; i < units; ++i) {
-      if (score(h, i) != illegal) legal.push_back(i);
+      if (score(h, i) != -infinity) legal.push_back(i);
     }
     const index_t n = std::ssize(legal);
     std::vector<std::pair<float, index_t>> order;
@@ -86,7 +85,7 @@ lists by_sorting(const std::vector<float>& scores, index_t heads, const adaptive
 std::vector<float> random_scores(random_source& random, index_t count) {
   std::vector<float> scores(static_cast<std::size_t>(count));
   for (float& s : scores) {
-    s = random.integer(0, 8) == 0 ? illegal : static_cast<float>(random.integer(0, 12));
+    s = random.integer(0, 8) == 0 ? -infinity : static_cast<float>(random.integer(0, 12));
   }
   return scores;
 }
@@ -146,7 +145,7 @@ TEST(choose_over_heads, spends_the_budget_exactly_on_heads_of_any_number_of_unit
   random_source random;
   for (int round = 0; round < 3000; ++round) {
     const index_t heads = random.integer(1, 6), units = 30;
-    std::vector<float> scores(static_cast<std::size_t>(heads * units), illegal);
+    std::vector<float> scores(static_cast<std::size_t>(heads * units), -infinity);
     index_t legal = 0;
     for (index_t h = 0; h < heads; ++h) {
       for (index_t n = random.integer(0, units + 1); n > 0; --n) {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "support/errors.hpp"
+#include "support/numbers.hpp"
 #include "support/random.hpp"
 
 namespace {
@@ -27,15 +28,14 @@ using sattn::protection;
 using sattn::selection;
 using sattn::token_t;
 using test_support::error_of;
+using test_support::infinity;
+using test_support::quiet_nan;
 using test_support::random_source;
 using test_support::seed_trace;
 
 using positions = std::vector<token_t>;
 
-constexpr float infinity = std::numeric_limits<float>::infinity();
-constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 constexpr float lowest = std::numeric_limits<float>::lowest();
-constexpr float illegal = -infinity;
 
 positions choose(const std::vector<float>& scores, const selection& rule, key_range diagonal = {}) {
   positions chosen = {-7};  // what was there must go
@@ -46,7 +46,7 @@ positions choose(const std::vector<float>& scores, const selection& rule, key_ra
 positions legal_positions(std::span<const float> scores) {
   positions legal;
   for (std::size_t i = 0; i < scores.size(); ++i) {
-    if (scores[i] != illegal) legal.push_back(static_cast<token_t>(i));
+    if (scores[i] != -infinity) legal.push_back(static_cast<token_t>(i));
   }
   return legal;
 }
@@ -194,7 +194,7 @@ TEST(selector, counted_budgets_choose_what_a_sort_chooses) {
         continue;
       }
       s = random.pick({0.0f, -0.0f, 1.0f, 1.0f, -2.0f, 0x1p-149f, -0x1p-149f, 3.5f, lowest, -lowest,
-                       infinity, nan, -nan, illegal, illegal});
+                       infinity, quiet_nan, -quiet_nan, -infinity, -infinity});
     }
     const double share = static_cast<double>(random.integer(0, 33)) / 32;
     const budget amount =
@@ -216,7 +216,7 @@ TEST(selector, coverage_chooses_the_fewest_units_that_reach_the_mass) {
     const index_t most = random.integer(0, 20) == 0 ? 3000 : 100;  // sorted part by part
     std::vector<float> scores(static_cast<std::size_t>(random.integer(0, most)));
     for (float& s : scores) {
-      s = random.integer(0, 4) == 0 ? illegal : static_cast<float>(random.integer(0, 17)) / 8;
+      s = random.integer(0, 4) == 0 ? -infinity : static_cast<float>(random.integer(0, 17)) / 8;
     }
     const auto share = [&](index_t least) {
       return static_cast<double>(random.integer(least, 65)) / 64;
@@ -236,7 +236,7 @@ TEST(selector, a_larger_budget_chooses_a_superset) {
   for (int round = 0; round < 100; ++round) {
     std::vector<float> scores(60);
     for (float& s : scores) {
-      s = random.integer(0, 5) == 0 ? illegal : static_cast<float>(random.integer(0, 6));
+      s = random.integer(0, 5) == 0 ? -infinity : static_cast<float>(random.integer(0, 6));
     }
     const protection keep = random_protection(random);
     const key_range diagonal = random_diagonal(random);
@@ -275,20 +275,20 @@ TEST(selector, zeros_of_both_signs_are_equal) {
 }
 
 TEST(selector, nan_is_the_lowest_legal_score) {
-  const std::vector<float> scores = {nan, lowest, illegal, -nan};
+  const std::vector<float> scores = {quiet_nan, lowest, -infinity, -quiet_nan};
   EXPECT_EQ(choose(scores, {budget::fixed(1)}), positions{1});
   EXPECT_EQ(choose(scores, {budget::fixed(2)}), (positions{0, 1}));
   EXPECT_EQ(choose(scores, {budget::fixed(9)}), (positions{0, 1, 3}));
 }
 
 TEST(selector, nan_has_no_mass) {
-  EXPECT_EQ(choose({1.0f, nan, 5.0f, 4.0f}, {budget::coverage(0.5)}), positions{2});
-  EXPECT_EQ(choose({1.0f, nan, 5.0f, 4.0f}, {budget::coverage(0.8)}), (positions{2, 3}));
+  EXPECT_EQ(choose({1.0f, quiet_nan, 5.0f, 4.0f}, {budget::coverage(0.5)}), positions{2});
+  EXPECT_EQ(choose({1.0f, quiet_nan, 5.0f, 4.0f}, {budget::coverage(0.8)}), (positions{2, 3}));
 }
 
 TEST(selector, infinity_is_the_highest_score_and_minus_infinity_is_not_legal) {
   EXPECT_EQ(choose({1.0f, infinity, -lowest}, {budget::fixed(1)}), positions{1});
-  EXPECT_EQ(choose({illegal, 1.0f, illegal}, {budget::fixed(3)}), positions{1});
+  EXPECT_EQ(choose({-infinity, 1.0f, -infinity}, {budget::fixed(3)}), positions{1});
 }
 
 TEST(selector, nothing_legal_gives_nothing) {
@@ -296,25 +296,25 @@ TEST(selector, nothing_legal_gives_nothing) {
   for (const budget& b : {budget::fixed(3), budget::ratio(1), budget::coverage(1),
                           budget::coverage(0.5).at_least(2)}) {
     for (const std::size_t n : {0U, 1U, 5U}) {
-      EXPECT_EQ(choose(std::vector<float>(n, illegal), {b, all_kept}, {0, 5}), positions{});
+      EXPECT_EQ(choose(std::vector<float>(n, -infinity), {b, all_kept}, {0, 5}), positions{});
     }
   }
 }
 
 TEST(selector, ratio_counts_legal_units_alone) {
-  EXPECT_EQ(choose({illegal, 1.0f, 3.0f, 2.0f, illegal, 0.0f}, {budget::ratio(0.5)}),
+  EXPECT_EQ(choose({-infinity, 1.0f, 3.0f, 2.0f, -infinity, 0.0f}, {budget::ratio(0.5)}),
             (positions{2, 3}));
 }
 
 // ---- protected units
 
 TEST(selector, protected_units_are_the_first_and_last_legal_ones) {
-  const std::vector<float> scores = {illegal, 1, 9, 9, 9, 1, 1, illegal};
+  const std::vector<float> scores = {-infinity, 1, 9, 9, 9, 1, 1, -infinity};
   EXPECT_EQ(choose(scores, {budget::fixed(0), {.first = 1, .recent = 2}}), (positions{1, 5, 6}));
 }
 
 TEST(selector, the_diagonal_is_kept_only_when_asked_for_and_where_it_is_legal) {
-  const std::vector<float> scores = {9, 1, 1, 1, illegal};
+  const std::vector<float> scores = {9, 1, 1, 1, -infinity};
   EXPECT_EQ(choose(scores, {budget::fixed(1), {.diagonal = true}}, {2, 5}), (positions{2, 3}));
   EXPECT_EQ(choose(scores, {budget::fixed(1)}, {2, 5}), positions{0});
   EXPECT_EQ(choose(scores, {budget::fixed(1), {.diagonal = true}}, {4, 9}), positions{0});
@@ -355,8 +355,8 @@ TEST(selector, coverage_stops_as_soon_as_the_mass_is_reached) {
 }
 
 TEST(selector, full_coverage_is_all_legal_units_even_without_mass) {
-  EXPECT_EQ(choose({0, 1, illegal, 0}, {budget::coverage(1)}), (positions{0, 1, 3}));
-  EXPECT_EQ(choose({0, 1, illegal, 0}, {budget::coverage(0.999)}), positions{1});
+  EXPECT_EQ(choose({0, 1, -infinity, 0}, {budget::coverage(1)}), (positions{0, 1, 3}));
+  EXPECT_EQ(choose({0, 1, -infinity, 0}, {budget::coverage(0.999)}), positions{1});
   EXPECT_EQ(choose({0, 0}, {budget::coverage(1)}), (positions{0, 1}));
 }
 
@@ -431,7 +431,7 @@ TEST(selector, coverage_refuses_negative_scores) {
               choose({1.0f, -0.5f}, {budget::coverage(0.5)});
             }),
             "selection: coverage needs scores >= 0, unit 1 has -0.500000");
-  EXPECT_EQ(choose({1.0f, -0.0f, illegal}, {budget::coverage(1)}), (positions{0, 1}));
+  EXPECT_EQ(choose({1.0f, -0.0f, -infinity}, {budget::coverage(1)}), (positions{0, 1}));
   EXPECT_EQ(choose({1.0f, -0.5f}, {budget::fixed(2)}), (positions{0, 1}));
 }
 
@@ -447,7 +447,7 @@ TEST(selector, choices_do_not_depend_on_earlier_ones) {
   used.choose(std::vector<float>{3, 1, 2},
               {budget::fixed(2), {.counted = protection::counting::on_top}}, {}, chosen);
   EXPECT_EQ(chosen, (positions{0, 2}));
-  used.choose(std::vector<float>{illegal}, {budget::fixed(2)}, {}, chosen);
+  used.choose(std::vector<float>{-infinity}, {budget::fixed(2)}, {}, chosen);
   EXPECT_EQ(chosen, positions{});
 }
 

@@ -36,6 +36,7 @@ using test_support::attention_problem;
 using test_support::bit_equal;
 using test_support::bounded_scores;
 using test_support::error_of;
+using test_support::expected_rows;
 using test_support::index_t;
 using test_support::name_of;
 using test_support::quiet_nan;
@@ -50,10 +51,6 @@ using test_support::within_bound;
 last_query_sums last_query_scores(sattn::context& ctx, const attention_problem& p,
                                   token_t last_queries = 64, const logit_rules& rules = {}) {
   return sattn::last_query_scores(ctx, p.shape, p.q.view(), p.k.view(), last_queries, rules);
-}
-
-bounded_scores expected_rows(const attention_problem& p, const logit_rules& rules) {
-  return expected_scores(p, rules, 1, 1, true);
 }
 
 struct expected_sums {

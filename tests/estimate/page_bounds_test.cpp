@@ -29,13 +29,6 @@ namespace {
 using namespace sattn;         // NOLINT(google-build-using-namespace)
 using namespace test_support;  // NOLINT(google-build-using-namespace)
 
-// q . k in the order of d, with the roundings that fused products have.
-float chain(const float* q, const float* k, index_t dim) {
-  float sum = 0;
-  for (index_t d = 0; d < dim; ++d) sum = std::fma(q[d], k[d], sum);
-  return sum;
-}
-
 // Sets of kernels whose products and sums are fused, which is for the compiler to say of sse2.
 std::vector<const kernel_table*> fusing_tables() {
   std::vector<const kernel_table*> tables = kernel_tables();

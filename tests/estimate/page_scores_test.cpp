@@ -15,6 +15,7 @@
 #include "support/compare.hpp"
 #include "support/errors.hpp"
 #include "support/problem.hpp"
+#include "support/scores.hpp"
 #include "support/stored.hpp"
 
 namespace {
@@ -32,13 +33,6 @@ std::vector<page_summaries> summaries_of(const stored_view& k, token_t page_size
   std::vector<page_summaries> all(at(k.heads), page_summaries({k.dim, page_size, type, kind}));
   for (index_t h = 0; h < k.heads; ++h) all[at(h)].update(k, h);
   return all;
-}
-
-// q . k in the order of d, with the roundings that fused products have.
-float chain(const float* q, const float* k, index_t dim) {
-  float sum = 0;
-  for (index_t d = 0; d < dim; ++d) sum = std::fma(q[d], k[d], sum);
-  return sum;
 }
 
 double exact(const float* q, const float* k, index_t dim) {

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <numeric>
 #include <span>
 #include <string>
@@ -35,8 +34,10 @@ using test_support::attention_problem;
 using test_support::bit_equal;
 using test_support::bounded_scores;
 using test_support::error_of;
+using test_support::holds;
 using test_support::index_t;
 using test_support::infinity;
+using test_support::list_of;
 using test_support::name_of;
 using test_support::plan_of;
 using test_support::quiet_nan;
@@ -55,15 +56,6 @@ score_tensor pooled_block_scores(sattn::context& ctx, const attention_problem& p
 
 bounded_scores expected_blocks(const attention_problem& p, const pooled_block_options& options) {
   return expected_scores(p, options.rules, options.q_block, options.k_block, options.probabilities);
-}
-
-std::span<const token_t> list_of(const block_lists& lists, index_t i) {
-  return std::span(lists.indices)
-      .subspan(at(lists.indptr[at(i)]), at(lists.indptr[at(i + 1)] - lists.indptr[at(i)]));
-}
-
-bool holds(std::span<const token_t> list, index_t block) {
-  return std::binary_search(list.begin(), list.end(), block);
 }
 
 index_t blocks_of(index_t tokens, index_t block) { return (tokens + block - 1) / block; }

@@ -33,7 +33,10 @@ using test_support::attention_problem;
 using test_support::bit_equal;
 using test_support::bounded_scores;
 using test_support::error_of;
+using test_support::expected_rows;
+using test_support::holds;
 using test_support::index_t;
+using test_support::list_of;
 using test_support::name_of;
 using test_support::quiet_nan;
 using test_support::random_source;
@@ -53,19 +56,6 @@ score_tensor row_scores(sattn::context& ctx, const attention_problem& p,
 token_lists select_tokens(sattn::context& ctx, const attention_problem& p, const selection& rule,
                           const logit_rules& rules = {}, token_t rows_per_list = 1) {
   return sattn::select_tokens(ctx, p.shape, p.q.view(), p.k.view(), rule, rules, rows_per_list);
-}
-
-bounded_scores expected_rows(const attention_problem& p, const logit_rules& rules) {
-  return expected_scores(p, rules, 1, 1, true);
-}
-
-std::span<const token_t> list_of(const token_lists& lists, index_t i) {
-  return std::span(lists.tokens)
-      .subspan(at(lists.indptr[at(i)]), at(lists.indptr[at(i + 1)] - lists.indptr[at(i)]));
-}
-
-bool holds(std::span<const token_t> list, index_t key) {
-  return std::binary_search(list.begin(), list.end(), key);
 }
 
 /// The set of data of a query head.

@@ -13,16 +13,17 @@
 #include <vector>
 
 #include "simd/archs.hpp"
+#include "support/numbers.hpp"
 #include "support/random.hpp"
 
 namespace {
 
 using sattn::simd::vec;
+using test_support::infinity;
+using test_support::quiet_nan;
 using test_support::random_source;
 using test_support::seed_trace;
 
-constexpr float infinity = std::numeric_limits<float>::infinity();
-constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 constexpr float smallest_normal = std::numeric_limits<float>::min();
 constexpr float largest = std::numeric_limits<float>::max();
 
@@ -140,8 +141,8 @@ TYPED_TEST(exp_test, is_zero_below_minus_87_69) {
 }
 
 TYPED_TEST(exp_test, passes_nan_on) {
-  EXPECT_TRUE(std::isnan(apply_one<TypeParam>(nan, exp_of{})));
-  EXPECT_TRUE(std::isnan(apply_one<TypeParam>(-nan, exp_of{})));
+  EXPECT_TRUE(std::isnan(apply_one<TypeParam>(quiet_nan, exp_of{})));
+  EXPECT_TRUE(std::isnan(apply_one<TypeParam>(-quiet_nan, exp_of{})));
 }
 
 TYPED_TEST(exp_test, is_hardly_ever_subnormal_and_never_negative_or_above_one) {
@@ -214,7 +215,7 @@ TYPED_TEST(tanh_test, is_odd_bounded_and_right_at_the_ends) {
   }
   EXPECT_EQ(apply_one<TypeParam>(infinity, tanh_of{}), 1.0F);
   EXPECT_EQ(apply_one<TypeParam>(-infinity, tanh_of{}), -1.0F);
-  EXPECT_TRUE(std::isnan(apply_one<TypeParam>(nan, tanh_of{})));
+  EXPECT_TRUE(std::isnan(apply_one<TypeParam>(quiet_nan, tanh_of{})));
 }
 
 }  // namespace

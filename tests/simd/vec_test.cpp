@@ -6,7 +6,6 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "simd/archs.hpp"
 #include "support/compare.hpp"
 #include "support/guard_buffer.hpp"
+#include "support/numbers.hpp"
 #include "support/random.hpp"
 
 namespace {
@@ -23,11 +23,10 @@ using sattn::simd::vec;
 using test_support::bit_equal;
 using test_support::guard;
 using test_support::guard_buffer;
+using test_support::infinity;
+using test_support::quiet_nan;
 using test_support::random_source;
 using test_support::seed_trace;
-
-constexpr float infinity = std::numeric_limits<float>::infinity();
-constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
 template <class Arch>
 class vec_test : public test_support::arch_test<Arch> {};
@@ -133,7 +132,7 @@ TYPED_TEST(vec_test, fma_rounds_once_where_the_instruction_set_has_it) {
 
 TYPED_TEST(vec_test, a_nan_compares_false) {
   using V = vec<TypeParam>;
-  const V not_a_number = V::broadcast(nan);
+  const V not_a_number = V::broadcast(quiet_nan);
   const V one = V::broadcast(1.0F);
   const V two = V::broadcast(2.0F);
   for (const V other : {one, not_a_number}) {
@@ -187,7 +186,7 @@ TYPED_TEST(vec_test, select_bits_obeys_all_masks) {
 
 TYPED_TEST(vec_test, select_bits_passes_nan_and_infinity_through_untouched) {
   using V = vec<TypeParam>;
-  const V special = V::broadcast(nan);
+  const V special = V::broadcast(quiet_nan);
   const V zero = V::zero();
   EXPECT_TRUE(bit_equal(stored(sattn::simd::select_bits<0>(0, special, zero)), stored(zero)));
   EXPECT_TRUE(

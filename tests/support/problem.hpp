@@ -17,7 +17,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <ostream>
@@ -28,15 +27,13 @@
 
 #include "reference/reference.hpp"
 #include "support/compare.hpp"
+#include "support/numbers.hpp"
 #include "support/random.hpp"
 
 namespace test_support {
 
 using sattn::index_t;
 using sattn::token_t;
-
-inline constexpr float infinity = std::numeric_limits<float>::infinity();
-inline constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
 
 /// For indexing.
 constexpr std::size_t at(index_t i) { return static_cast<std::size_t>(i); }

@@ -8,6 +8,8 @@
 #include <sattn/estimate/scores.hpp>
 #include <sattn/parallel/executor.hpp>
 #include <sattn/parallel/thread_pool.hpp>
+#include <sattn/pattern/block_mask.hpp>
+#include <sattn/pattern/token_lists.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -221,6 +223,18 @@ inline bounded_scores expected_scores(const attention_problem& p, const sattn::l
   return detail::join_heads(heads, p.shape.kv_heads, rules.reduce);
 }
 
+/// The attention of every row.
+inline bounded_scores expected_rows(const attention_problem& p, const sattn::logit_rules& rules) {
+  return expected_scores(p, rules, 1, 1, true);
+}
+
+/// q . k in the order of d, with the roundings that fused products have.
+inline float chain(const float* q, const float* k, index_t dim) {
+  float sum = 0;
+  for (index_t d = 0; d < dim; ++d) sum = std::fma(q[d], k[d], sum);
+  return sum;
+}
+
 inline ::testing::AssertionResult within_bound(const sattn::score_tensor& got,
                                                const bounded_scores& want) {
   if (got.sets != want.sets || got.rows != want.rows || got.cols != want.cols) {
@@ -229,6 +243,18 @@ inline ::testing::AssertionResult within_bound(const sattn::score_tensor& got,
            << want.sets << ", " << want.rows << ", " << want.cols << "]";
   }
   return elements_within_bound("scores", got.values, want.value, want.bound);
+}
+
+inline std::span<const token_t> list_of(const sattn::token_lists& lists, index_t i) {
+  return std::span(lists.tokens)
+      .subspan(at(lists.indptr[at(i)]), at(lists.indptr[at(i + 1)] - lists.indptr[at(i)]));
+}
+inline std::span<const token_t> list_of(const sattn::block_lists& lists, index_t i) {
+  return std::span(lists.indices)
+      .subspan(at(lists.indptr[at(i)]), at(lists.indptr[at(i + 1)] - lists.indptr[at(i)]));
+}
+inline bool holds(std::span<const token_t> list, index_t unit) {
+  return std::binary_search(list.begin(), list.end(), unit);
 }
 
 /// Whether `chosen` (ascending) are `count` legal units, or all there are, and none of them is
