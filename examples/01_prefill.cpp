@@ -51,7 +51,7 @@ int main() {
   const double local_keys = run(sa::sink{4} | sa::sliding_window{256}, local);
   const auto mass = sa::last_query_scores(ctx, shape, q, kv.k);  // of the last 64 queries
   const sa::selection rule{sa::budget::fixed(64)};
-  const double found_keys = run(sa::select_vertical_slash(mass, rule, rule), found);
+  const double found_keys = run(sa::select_vertical_slash(ctx, mass, rule, rule), found);
   const double local_error = relative_difference(local, dense);
   const double found_error = relative_difference(found, dense);
   std::printf("sink + window:  %4.1f %% of the keys, off by %.3f\n", local_keys, local_error);

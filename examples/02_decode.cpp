@@ -47,9 +47,10 @@ int main() {
     step(dense, sa::dense{});
     dense_out = out;
     window_off = std::fmax(window_off, step(window, sa::sink{4} | sa::sliding_window{252}));
-    const auto scores = sa::pooled_block_scores(ctx, shape, q, kv.k, {.q_block = 1, .k_block = 16});
     const sa::selection rule{sa::budget::fixed(16), {.first = 1, .recent = 4}};
-    pages_off = std::fmax(pages_off, step(pages, sa::select_blocks(shape, scores, rule, 1, 16)));
+    const auto best = sa::select_pooled_blocks(ctx, shape, q, kv.k, rule,
+                                               {.q_block = 1, .k_block = 16});
+    pages_off = std::fmax(pages_off, step(pages, best));
   }
   std::printf("sink + window: %.1f %% of the keys, off by at most %.3f\n",
               100 * window.stats().density_selected(), window_off);

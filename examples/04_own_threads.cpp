@@ -47,8 +47,8 @@ int main() {
   const auto run = [&](auto executor) {
     sa::context ctx(executor);
     const auto shape = sa::shape_of(q, kv);
-    const auto scores = sa::pooled_block_scores(ctx, shape, q, kv.k);
-    const auto blocks = sa::select_blocks(shape, scores, {sa::budget::ratio(0.25), {.recent = 2}});
+    const sa::selection rule{sa::budget::ratio(0.25), {.recent = 2}};
+    const auto blocks = sa::select_pooled_blocks(ctx, shape, q, kv.k, rule);
     std::vector<float> out(data.size());
     sa::attend(ctx, sa::plan_prefill(ctx, shape, blocks), q, kv,
                {sa::nhd(out.data(), tokens, heads, dim)});

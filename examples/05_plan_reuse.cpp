@@ -36,9 +36,10 @@ int main() {
   // Which blocks matter is decided in the first layer; the others follow it.
   sa::context ctx;
   const auto shape = sa::shape_of(first.q(), first.kv());
-  const auto scores = sa::pooled_block_scores(ctx, shape, first.q(), first.kv().k);
   const auto plan = sa::plan_prefill(
-      ctx, shape, sa::select_blocks(shape, scores, {sa::budget::fixed(4), {.recent = 1}}));
+      ctx, shape,
+      sa::select_pooled_blocks(ctx, shape, first.q(), first.kv().k,
+                               {sa::budget::fixed(4), {.recent = 1}}));
 
   sa::aligned_buffer memory;  // or any memory that starts at a multiple of 64
   memory.reserve(sa::workspace_bytes(ctx, plan, first.q(), first.kv(), first.out()));

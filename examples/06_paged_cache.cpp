@@ -52,7 +52,8 @@ int main() {
   const auto best_pages = [&](const cache_type& c, const std::vector<float>& q) {
     sa::page_scores_into(ctx, scores, view(q, q_heads), c.summaries());
     const sa::selection rule{sa::budget::fixed(16), {.first = 1, .recent = 2}};
-    return sa::select_blocks(sa::shape_of(view(q, q_heads), c.view()), scores, rule, 1, page_size);
+    const sa::attention_shape shape = sa::shape_of(view(q, q_heads), c.view());
+    return sa::select_blocks(ctx, shape, scores, rule, 1, page_size);
   };
 
   double off = 0;

@@ -153,6 +153,35 @@ TEST(antidiagonal_block_scores, have_the_same_bits_on_any_threads) {
   }
 }
 
+// What is not stored chooses as what is.
+TEST(select_antidiagonal_blocks, chooses_what_select_blocks_chooses_of_all_mass) {
+  const seed_trace trace;
+  random_source random;
+  thread_contexts contexts;
+  for (int round = 0; round < 24; ++round) {
+    test_support::problem_extents e = random_extents(random);
+    if (round % 4 == 0) e.q_len = e.kv_len = random.integer(200, 400);
+    const attention_problem p(random, e);
+    antidiagonal_options o;
+    o.stride = random.pick<token_t>({1, 4, 16});
+    o.block = o.stride * random.pick<token_t>({1, 3, 8});
+    o.rules = test_support::random_rules(random);
+    o.rules.soft_cap = 0;
+    const sattn::selection rule{sattn::budget::coverage(0.7), {.first = 1, .diagonal = true}};
+    sattn::context& serial = contexts.serial();
+    const sattn::block_lists want = select_blocks(
+        serial, p.shape, antidiagonal_block_scores(serial, p.shape, p.q.view(), p.k.view(), o),
+        rule, o.block, o.block, o.rules.legal);
+    for (sattn::context& ctx : contexts) {
+      const sattn::block_lists got =
+          select_antidiagonal_blocks(ctx, p.shape, p.q.view(), p.k.view(), rule, o);
+      ASSERT_EQ(got.sets, want.sets);
+      ASSERT_EQ(got.indptr, want.indptr) << round;
+      ASSERT_EQ(got.indices, want.indices) << round;
+    }
+  }
+}
+
 TEST(antidiagonal_block_scores, refuse_what_does_not_fit) {
   random_source random;
   thread_contexts contexts;

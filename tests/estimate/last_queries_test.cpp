@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <sattn/estimate/last_queries.hpp>
 #include <sattn/estimate/antidiagonal.hpp>
+#include <sattn/estimate/pooled_blocks.hpp>
 #include <sattn/estimate/row_scores.hpp>
 
 #include <gtest/gtest.h>
@@ -352,7 +353,8 @@ TEST(select_vertical_slash, plans_attend_to_exactly_the_columns_and_distances) {
       const selection columns{budget::fixed(6), {.first = 2}};
       const selection distances{budget::ratio(0.1), {.first = 4}};
       const vertical_slash_sets sets(sums, columns, distances);
-      const per_head pattern = select_vertical_slash(sums, columns, distances);
+      const per_head pattern =
+          select_vertical_slash(contexts.serial(), sums, columns, distances);
       const index_t group = reduce == head_reduce::none ? 1 : 2;
       ASSERT_EQ(pattern.heads(), 4 / group);
       EXPECT_TRUE(selects(plan_prefill(contexts.serial(), p.shape, pattern),
@@ -376,7 +378,8 @@ TEST(select_vertical_slash, sinks_and_the_local_window_are_inside_the_budgets) {
   EXPECT_EQ(sets.columns[0].size(), 20U);
   EXPECT_EQ(sets.distances[0].size(), 80U);
   EXPECT_TRUE(selects(
-      plan_prefill(contexts.serial(), p.shape, select_vertical_slash(sums, columns, distances)),
+      plan_prefill(contexts.serial(), p.shape,
+                   select_vertical_slash(contexts.serial(), sums, columns, distances)),
       [&](index_t, index_t row, index_t key) {
         const index_t distance = 210 + row - key;
         return key < 4 || (distance >= 0 && distance < 64) || sets.holds(0, key, distance);
@@ -412,7 +415,7 @@ TEST(select_vertical_slash, a_budget_of_all_units_gives_the_bits_of_dense_attent
   const last_query_sums sums = last_query_scores(ctx, p);
   const auto dense = run(ctx, plan_prefill(ctx, p.shape, sattn::dense{}), p);
   const auto equals_dense = [&](const budget& columns, const budget& distances) {
-    const per_head pattern = select_vertical_slash(sums, {columns}, {distances});
+    const per_head pattern = select_vertical_slash(ctx, sums, {columns}, {distances});
     return bit_equal(run(ctx, plan_prefill(ctx, p.shape, pattern), p), dense);
   };
   for (const budget& all : {budget::fixed(200), budget::ratio(1), budget::coverage(1)}) {

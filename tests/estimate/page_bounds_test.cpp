@@ -129,7 +129,7 @@ TEST(page_bounds, of_single_keys_choose_what_their_scores_choose) {
         }
       }
       ASSERT_EQ(of_pages.values, of_keys.values) << table->name;  // -0 is 0
-      const block_lists pages = select_blocks(p.shape, of_pages, rule, 1, 1);
+      const block_lists pages = select_blocks(ctx, p.shape, of_pages, rule, 1, 1);
       selector choose;
       token_lists tokens{1, {0}, {}, 4};
       std::vector<token_t> chosen;

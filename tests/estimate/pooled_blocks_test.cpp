@@ -54,6 +54,13 @@ score_tensor pooled_block_scores(sattn::context& ctx, const attention_problem& p
   return sattn::pooled_block_scores(ctx, p.shape, p.q.view(), p.k.view(), options);
 }
 
+block_lists select_blocks(const sattn::attention_shape& shape, const score_tensor& scores,
+                          const selection& rule, token_t q_block = 64, token_t k_block = 64,
+                          const domain& legal = {}) {
+  sattn::context ctx(1);
+  return sattn::select_blocks(ctx, shape, scores, rule, q_block, k_block, legal);
+}
+
 bounded_scores expected_blocks(const attention_problem& p, const pooled_block_options& options) {
   return expected_scores(p, options.rules, options.q_block, options.k_block, options.probabilities);
 }
@@ -366,6 +373,67 @@ TEST(select_blocks, a_larger_budget_lists_a_superset) {
       EXPECT_TRUE(std::ranges::includes(list_of(larger, i), list_of(smaller, i)));
     }
     smaller = larger;
+  }
+}
+
+// What is not stored chooses as what is, whatever a task takes of it.
+TEST(select_pooled_blocks, chooses_what_select_blocks_chooses_of_all_scores) {
+  const seed_trace trace;
+  random_source random;
+  thread_contexts contexts;
+  for (int round = 0; round < 60; ++round) {
+    test_support::problem_extents e = test_support::random_extents(random);
+    if (round % 4 == 0) e.q_offset = static_cast<token_t>(random.integer(-100, 250));
+    const attention_problem p(random, e);
+    const pooled_block_options options{.q_block = random.pick<token_t>({1, 7, 16, 64}),
+                                       .k_block = random.pick<token_t>({1, 9, 16, 64}),
+                                       .probabilities = true,
+                                       .rules = test_support::random_rules(random)};
+    const protection keep{.first = 1, .recent = 1, .diagonal = random.integer(0, 2) == 0};
+    const selection rule = random.integer(0, 2) == 0
+                               ? selection{budget::fixed(random.integer(0, 9)), keep}
+                               : selection{budget::coverage(0.8), keep};
+    const block_lists want =
+        select_blocks(p.shape, pooled_block_scores(contexts.serial(), p, options), rule,
+                      options.q_block, options.k_block, options.rules.legal);
+    for (sattn::context& ctx : contexts) {
+      const block_lists got =
+          select_pooled_blocks(ctx, p.shape, p.q.view(), p.k.view(), rule, options);
+      ASSERT_EQ(got.sets, want.sets);
+      ASSERT_EQ(got.indptr, want.indptr) << round;
+      ASSERT_EQ(got.indices, want.indices) << round;
+    }
+  }
+}
+
+TEST(select_pooled_blocks, refuses_coverage_of_what_is_no_share) {
+  random_source random;
+  thread_contexts contexts;
+  const attention_problem p(random, {.q_len = 4, .kv_len = 6});
+  const auto error = [&](const selection& rule, const pooled_block_options& options) {
+    return error_of([&] {
+      select_pooled_blocks(contexts.serial(), p.shape, p.q.view(), p.k.view(), rule, options);
+    });
+  };
+  EXPECT_EQ(error({budget::coverage(0.5)}, {.probabilities = true, .rules = {}}), "");
+  EXPECT_EQ(error({budget::coverage(0.5)}, {}),
+            "select_pooled_blocks: a budget by coverage needs probabilities");
+  EXPECT_NE(error({budget::fixed(1), {.first = -1}}, {}), "");
+  EXPECT_NE(error({budget::fixed(1)}, {.k_block = 0}), "");
+}
+
+TEST(select_blocks, lists_are_the_same_on_any_threads) {
+  const seed_trace trace;
+  random_source random;
+  thread_contexts contexts;
+  const sattn::attention_shape shape = aligned_shape(300, 500, 4, 2);
+  const score_tensor scores = random_scores(random, shape, {}, 4, 16, 8);
+  const selection rule{budget::ratio(0.2), {.first = 1, .diagonal = true}};
+  const block_lists want = select_blocks(shape, scores, rule, 16, 8);
+  for (sattn::context& ctx : contexts) {
+    const block_lists got = sattn::select_blocks(ctx, shape, scores, rule, 16, 8);
+    EXPECT_EQ(got.indptr, want.indptr);
+    EXPECT_EQ(got.indices, want.indices);
   }
 }
 

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <sattn/estimate/pooled_blocks.hpp>
-#include <sattn/estimate/scores.hpp>
+#include <sattn/estimate/blocks.hpp>
 
 #include <algorithm>
 #include <array>
@@ -159,6 +158,93 @@ class antidiagonal_tiles {
   std::array<index_t, max_tiles> rows_;
 };
 
+/// Scores of rows of blocks: an estimator as blocks.hpp says.
+class antidiagonal_blocks {
+ public:
+  antidiagonal_blocks(context& ctx, const attention_shape& shape,
+                      const tensor_view<const float>& q, const stored_view& k,
+                      const antidiagonal_options& options)
+      : kernels_(ctx.kernel_table()), options_(options), q_(q), k_(k),
+        blocks_{shape, options.rules.legal, options.block, options.block},
+        strided_(shape, options.rules.legal, options.stride) {}
+
+  const block_extents& blocks() const { return blocks_; }
+  index_t sets() const { return score_sets(blocks_.shape, options_.rules.reduce); }
+  index_t rows_of_task() const { return std::max<index_t>(1, most_rows / units()); }
+  std::size_t bytes() const {
+    return antidiagonal_tiles::bytes(strided_, k_, options_.stride) +
+           padded(static_cast<std::size_t>(rows_of_task() * blocks_.cols()) * sizeof(float));
+  }
+
+  void score(scratch_arena arena, index_t set, index_t first, index_t rows, float* scores) const {
+    const index_t cols = blocks_.cols();
+    const index_t first_row = first * units();
+    const index_t end_row = std::min((first + rows) * units(), strided_.shape.q_len);
+    float* const mass = arena.take<float>(rows * cols);
+    antidiagonal_tiles tiles(arena, kernels_, strided_, q_, k_, options_.stride, options_.rules);
+    const key_range heads = heads_of_set(blocks_.shape, options_.rules.reduce, set);
+    for (index_t head = heads.begin; head < heads.end; ++head) {
+      std::fill_n(mass, rows * cols, 0.0f);
+      for (index_t row = first_row; row < end_row; row += most_rows) {
+        const index_t end = std::min(row + most_rows, end_row);
+        tiles.compute(head, row, end);
+        for (index_t tile = 0; row + tile * tile_lanes < end; ++tile) {
+          const index_t begin = row + tile * tile_lanes;
+          add(tiles, tile, begin - first_row, std::min(tile_lanes, end - begin), mass);
+        }
+      }
+      for (index_t r = 0; r < rows; ++r) {
+        const key_range seen = blocks_.seen(first + r);
+        const index_t at = r * cols + seen.begin;
+        const auto count = static_cast<std::size_t>(seen.size());
+        join_head({scores + at, count}, {mass + at, count}, head - heads.begin, heads.size(),
+                  options_.rules.reduce);
+      }
+    }
+  }
+
+ private:
+  static constexpr index_t most_rows = antidiagonal_tiles::max_tiles * tile_lanes;
+  /// Of a block.
+  index_t units() const { return options_.block / options_.stride; }
+
+  /// Adds what a tile of rows gives the blocks; `begin` is its first row behind the first of mass.
+  void add(const antidiagonal_tiles& tiles, index_t tile, index_t begin, index_t rows,
+           float* mass) const {
+    const float* const p = tiles.probabilities(tile);
+    const key_range keys = tiles.keys(tile);
+    for (index_t j = keys.begin / units(); j * units() < keys.end; ++j) {
+      float sums[tile_lanes] = {};
+      const index_t last = std::min<index_t>((j + 1) * units(), keys.end);
+      for (index_t key = std::max<index_t>(j * units(), keys.begin); key < last; ++key) {
+        for (index_t lane = 0; lane < tile_lanes; ++lane) {
+          sums[lane] += p[key * tile_lanes + lane];
+        }
+      }
+      for (index_t lane = 0; lane < rows; ++lane) {
+        mass[(begin + lane) / units() * blocks_.cols() + j] += sums[lane];
+      }
+    }
+  }
+
+  const sattn::kernel_table& kernels_;
+  antidiagonal_options options_;
+  tensor_view<const float> q_;
+  stored_view k_;
+  block_extents blocks_;
+  strided_problem strided_;
+};
+
+inline void check_antidiagonal(const char* name, const attention_shape& shape,
+                               const tensor_view<const float>& q, const stored_view& k,
+                               const antidiagonal_options& options) {
+  check_estimate(name, shape, q, k, options.rules);
+  require(options.stride > 0 && options.block > 0 && options.block % options.stride == 0, name,
+          ": stride ", options.stride, " does not divide block ", options.block);
+  require(options.rules.soft_cap == 0.0f, name, ": soft_cap ", options.rules.soft_cap,
+          " has no meaning for sums of products");
+}
+
 }  // namespace detail
 
 /// Attention mass of blocks of keys for blocks of queries, from sums over antidiagonals: `stride`
@@ -177,75 +263,22 @@ inline score_tensor antidiagonal_block_scores(context& ctx, const attention_shap
                                               const tensor_view<const float>& q,
                                               const stored_view& k,
                                               const antidiagonal_options& options = {}) {
-  const logit_rules& rules = options.rules;
-  detail::check_estimate("antidiagonal_block_scores", shape, q, k, rules);
-  require(options.stride > 0 && options.block > 0 && options.block % options.stride == 0,
-          "antidiagonal_block_scores: stride ", options.stride, " does not divide block ",
-          options.block);
-  require(rules.soft_cap == 0.0f, "antidiagonal_block_scores: soft_cap ", rules.soft_cap,
-          " has no meaning for sums of products");
-  const index_t q_blocks = ceil_div(shape.q_len, options.block);
-  const index_t k_blocks = ceil_div(shape.kv_len, options.block);
-  score_tensor scores(detail::score_sets(shape, rules.reduce), q_blocks, k_blocks,
-                      detail::not_legal);
-  const detail::strided_problem strided(shape, rules.legal, options.stride);
-  const index_t units = options.block / options.stride;  // of a block
-  constexpr index_t most_rows = detail::antidiagonal_tiles::max_tiles * tile_lanes;
-  const index_t blocks_of_task = std::max<index_t>(1, most_rows / units);
-  const index_t tasks = ceil_div(q_blocks, blocks_of_task);
-  const std::size_t tile_bytes =
-      detail::antidiagonal_tiles::bytes(strided, k, options.stride);
-  const std::size_t mass_bytes =
-      detail::padded(static_cast<std::size_t>(blocks_of_task * k_blocks) * sizeof(float));
-  const detail::worker_scratch scratch(ctx, tile_bytes + mass_bytes);
-  ctx.executor().parallel_for(scores.sets * tasks, [&](index_t task, index_t worker) {
-    detail::scratch_arena arena = scratch.of(worker);
-    float* const mass = arena.take<float>(blocks_of_task * k_blocks);
-    detail::antidiagonal_tiles tiles(arena, ctx.kernel_table(), strided, q, k, options.stride,
-                                     rules);
-    const index_t set = task / tasks;
-    const index_t first_block = task % tasks * blocks_of_task;
-    const index_t end_block = std::min(first_block + blocks_of_task, q_blocks);
-    const index_t end_row = std::min(end_block * units, strided.shape.q_len);
-    const key_range heads = detail::heads_of_set(shape, rules.reduce, set);
-    for (index_t head = heads.begin; head < heads.end; ++head) {
-      std::fill_n(mass, blocks_of_task * k_blocks, 0.0f);
-      for (index_t row = first_block * units; row < end_row; row += most_rows) {
-        const index_t end = std::min(row + most_rows, end_row);
-        tiles.compute(head, row, end);
-        for (index_t tile = 0; row + tile * tile_lanes < end; ++tile) {
-          const float* const p = tiles.probabilities(tile);
-          const key_range keys = tiles.keys(tile);
-          const index_t first = row + tile * tile_lanes;
-          const index_t rows = std::min(tile_lanes, end - first);
-          for (index_t j = keys.begin / units; j * units < keys.end; ++j) {
-            float sums[tile_lanes] = {};
-            const index_t last = std::min<index_t>((j + 1) * units, keys.end);
-            for (index_t key = std::max<index_t>(j * units, keys.begin); key < last; ++key) {
-              for (index_t lane = 0; lane < tile_lanes; ++lane) {
-                sums[lane] += p[key * tile_lanes + lane];
-              }
-            }
-            for (index_t lane = 0; lane < rows; ++lane) {
-              mass[((first + lane) / units - first_block) * k_blocks + j] += sums[lane];
-            }
-          }
-        }
-      }
-      for (index_t i = first_block; i < end_block; ++i) {
-        const std::span<float> row(mass + (i - first_block) * k_blocks,
-                                   static_cast<std::size_t>(k_blocks));
-        const index_t q_begin = i * options.block;
-        const index_t q_end = std::min<index_t>(q_begin + options.block, shape.q_len);
-        const key_range legal =
-            detail::legal_blocks(shape, rules.legal, q_begin, q_end, options.block);
-        std::fill(row.begin(), row.begin() + legal.begin, detail::not_legal);
-        std::fill(row.begin() + legal.end, row.end(), detail::not_legal);
-        detail::join_head(scores.row(set, i), row, head - heads.begin, heads.size(), rules.reduce);
-      }
-    }
-  });
-  return scores;
+  detail::check_antidiagonal("antidiagonal_block_scores", shape, q, k, options);
+  const detail::antidiagonal_blocks rows(ctx, shape, q, k, options);
+  return detail::score_blocks(ctx, rows.blocks(), rows);
+}
+
+/// The blocks with most of this mass for every row of blocks, without storing it all.
+///
+/// Shapes and cost as above; protected units as of select_blocks().
+/// Throws: shape_error as above or if protected counts are negative; std::bad_alloc.
+inline block_lists select_antidiagonal_blocks(context& ctx, const attention_shape& shape,
+                                              const tensor_view<const float>& q,
+                                              const stored_view& k, const selection& rule,
+                                              const antidiagonal_options& options = {}) {
+  detail::check_antidiagonal("select_antidiagonal_blocks", shape, q, k, options);
+  const detail::antidiagonal_blocks rows(ctx, shape, q, k, options);
+  return detail::choose_blocks(ctx, rows.blocks(), rows, rule);
 }
 
 }  // namespace sattn

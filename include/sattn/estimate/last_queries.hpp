@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <sattn/budget/select.hpp>
+#include <sattn/estimate/choose_lists.hpp>
 #include <sattn/estimate/scores.hpp>
 #include <sattn/pattern/compose.hpp>
 #include <sattn/pattern/vertical_slash.hpp>
@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <span>
 #include <utility>
+#include <vector>
 
 namespace sattn {
 
@@ -70,46 +71,38 @@ inline void join_maximum(float* joined, const float* values, index_t count, bool
   }
 }
 
-}  // namespace detail
-
-/// Sums the exact attention probabilities of the last rows of q over keys and over distances.
-///
-/// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim] of any type and layout.
-/// Fewer rows than last_queries means all of them. With chunked prefill these are the last rows of
-/// the chunk. A maximum over heads is taken of each row's probabilities, before they are summed.
-/// Throws: shape_error if shapes do not fit, last_queries < 1 or a borrowed workspace is too small.
-/// Cost: last_queries rows of dense scores; parallel over sets; for each worker 17 * kv_len floats,
-/// 33 * kv_len for a maximum over heads.
-/// Source: MInference (arXiv:2407.02490), section 3.
-inline last_query_sums last_query_scores(context& ctx, const attention_shape& shape,
-                                         const tensor_view<const float>& q, const stored_view& k,
-                                         token_t last_queries = 64,
-                                         const logit_rules& rules = {}) {
-  detail::check_estimate("last_query_scores", shape, q, k, rules);
+/// Sums of the sets that wanted(set) names, 0 of the others.
+template <class Wanted>
+last_query_sums sum_last_queries(context& ctx, const attention_shape& shape,
+                                 const tensor_view<const float>& q, const stored_view& k,
+                                 token_t last_queries, const logit_rules& rules,
+                                 const Wanted& wanted) {
+  check_estimate("last_query_scores", shape, q, k, rules);
   require(last_queries >= 1, "last_query_scores: last_queries ", last_queries,
           " must be positive");
-  const index_t sets = detail::score_sets(shape, rules.reduce);
+  const index_t sets = score_sets(shape, rules.reduce);
   const bool maximum = rules.reduce == head_reduce::max;
   const index_t lanes_floats = round_up(shape.kv_len, chunk_keys) * tile_lanes;
-  const detail::worker_scratch scratch(
-      ctx, detail::score_lanes::bytes(shape, k) + detail::probability_sums::bytes(shape.kv_len) +
+  const worker_scratch scratch(
+      ctx, score_lanes::bytes(shape, k) + probability_sums::bytes(shape.kv_len) +
                (maximum ? static_cast<std::size_t>(lanes_floats) * sizeof(float) : 0));
   last_query_sums sums{{sets, 1, shape.kv_len, 0.0f}, {sets, 1, shape.kv_len, 0.0f}};
   const index_t first_row = std::max<index_t>(0, shape.q_len - last_queries);
   ctx.executor().parallel_for(sets, [&](index_t set, index_t worker) {
-    detail::scratch_arena arena = scratch.of(worker);
+    if (!wanted(set)) return;
+    scratch_arena arena = scratch.of(worker);
     const std::span<float> columns = sums.columns.row(set, 0);
-    detail::score_lanes lanes(arena, ctx.kernel_table(), shape, q, k, rules);
-    detail::probability_sums sum(arena, ctx.kernel_table(), shape.kv_len, columns);
+    score_lanes lanes(arena, ctx.kernel_table(), shape, q, k, rules);
+    probability_sums sum(arena, ctx.kernel_table(), shape.kv_len, columns);
     float* const joined = maximum ? arena.take<float>(lanes_floats) : nullptr;
-    const key_range heads = detail::heads_of_set(shape, rules.reduce, set);
+    const key_range heads = heads_of_set(shape, rules.reduce, set);
     for (index_t row = first_row; row < shape.q_len; row += tile_lanes) {
       const index_t rows = std::min(tile_lanes, shape.q_len - row);
       for (index_t head = heads.begin; head < heads.end; ++head) {
         lanes.score(head, row, rows);
         lanes.normalise();
         if (maximum) {
-          detail::join_maximum(joined, lanes.data(), lanes.keys().size() * tile_lanes,
+          join_maximum(joined, lanes.data(), lanes.keys().size() * tile_lanes,
                                head == heads.begin);
           if (head + 1 < heads.end) continue;
         }
@@ -125,6 +118,25 @@ inline last_query_sums last_query_scores(context& ctx, const attention_shape& sh
     }
   });
   return sums;
+}
+
+}  // namespace detail
+
+/// Sums the exact attention probabilities of the last rows of q over keys and over distances.
+///
+/// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim] of any type and layout.
+/// Fewer rows than last_queries means all of them. With chunked prefill these are the last rows of
+/// the chunk. A maximum over heads is taken of each row's probabilities, before they are summed.
+/// Throws: shape_error if shapes do not fit, last_queries < 1 or a borrowed workspace is too small.
+/// Cost: last_queries rows of dense scores; parallel over sets; for each worker 17 * kv_len floats,
+/// 33 * kv_len for a maximum over heads.
+/// Source: MInference (arXiv:2407.02490), section 3.
+inline last_query_sums last_query_scores(context& ctx, const attention_shape& shape,
+                                         const tensor_view<const float>& q, const stored_view& k,
+                                         token_t last_queries = 64,
+                                         const logit_rules& rules = {}) {
+  return detail::sum_last_queries(ctx, shape, q, k, last_queries, rules,
+                                  [](index_t) { return true; });
 }
 
 /// The largest probability that any of the last rows gives to each key, for each query head or
@@ -170,9 +182,10 @@ inline score_tensor last_query_maxima(context& ctx, const attention_shape& shape
 /// The best columns and distances of every set, as one vertical-slash pattern per head.
 ///
 /// Protected `first` units are the first keys and the shortest distances (the local window).
-/// Throws: shape_error as selector::choose does.
-inline per_head select_vertical_slash(const last_query_sums& sums, const selection& columns,
-                                      const selection& distances) {
+/// Throws: shape_error if the sums do not fit each other, protected counts are negative or a
+/// coverage budget meets a negative score; std::bad_alloc.
+inline per_head select_vertical_slash(context& ctx, const last_query_sums& sums,
+                                      const selection& columns, const selection& distances) {
   detail::check_scores("select_vertical_slash", sums.columns);
   detail::check_scores("select_vertical_slash", sums.distances);
   require(sums.columns.sets == sums.distances.sets && sums.columns.rows == 1 &&
@@ -180,13 +193,16 @@ inline per_head select_vertical_slash(const last_query_sums& sums, const selecti
           "select_vertical_slash: columns have ", sums.columns.sets, " sets of ",
           sums.columns.rows, " rows, distances ", sums.distances.sets, " of ",
           sums.distances.rows, ", expected one row each");
+  const auto chosen_of = [&](const score_tensor& scores, const selection& rule) {
+    return detail::choose_lists(ctx, scores.sets, rule, [&](index_t set) {
+      return detail::scored_units{scores.row(set, 0)};
+    });
+  };
+  std::vector<std::vector<token_t>> keys = chosen_of(sums.columns, columns);
+  std::vector<std::vector<token_t>> behind = chosen_of(sums.distances, distances);
   per_head heads;
-  selector choose;
-  for (index_t set = 0; set < sums.columns.sets; ++set) {
-    vertical_slash pattern;
-    choose.choose(sums.columns.row(set, 0), columns, {}, pattern.columns);
-    choose.choose(sums.distances.row(set, 0), distances, {}, pattern.distances);
-    heads.patterns.emplace_back(std::move(pattern));
+  for (std::size_t set = 0; set < keys.size(); ++set) {
+    heads.patterns.emplace_back(vertical_slash{std::move(keys[set]), std::move(behind[set])});
   }
   return heads;
 }

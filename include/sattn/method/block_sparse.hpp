@@ -16,17 +16,15 @@ struct block_sparse_method {
   token_t q_block = 64;
   token_t k_block = 64;
   head_reduce reduce = head_reduce::none;
-  bool probabilities = false;  // for budgets by coverage
+  bool probabilities = false;  // what budgets by coverage need
 
   /// A list for each block of rows of each set of heads that `reduce` leaves.
   /// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim].
   /// Throws: shape_error if shapes do not fit, a block is not positive, protected counts are
-  /// negative or a coverage budget meets a negative score; std::bad_alloc.
+  /// negative or a budget is one by coverage and probabilities false; std::bad_alloc.
   block_lists choose(context& ctx, const method_inputs& in) const {
-    const score_tensor scores =
-        pooled_block_scores(ctx, in.shape, in.q, in.k,
-                            {q_block, k_block, probabilities, in.rules(reduce)});
-    return select_blocks(in.shape, scores, blocks, q_block, k_block, in.legal);
+    return select_pooled_blocks(ctx, in.shape, in.q, in.k, blocks,
+                                {q_block, k_block, probabilities, in.rules(reduce)});
   }
 };
 
@@ -57,11 +55,9 @@ struct xattention {
       : stride(every), threshold(share), block_size(block), reduce(group) {}
 
   block_lists choose(context& ctx, const method_inputs& in) const {
-    const score_tensor scores = antidiagonal_block_scores(ctx, in.shape, in.q, in.k,
-                                                          {stride, block_size, in.rules(reduce)});
-    return select_blocks(in.shape, scores,
-                         {budget::coverage(threshold), {.first = 1, .diagonal = true}}, block_size,
-                         block_size, in.legal);
+    return select_antidiagonal_blocks(
+        ctx, in.shape, in.q, in.k, {budget::coverage(threshold), {.first = 1, .diagonal = true}},
+        {stride, block_size, in.rules(reduce)});
   }
 };
 
@@ -75,8 +71,8 @@ struct scored_blocks {
   token_t q_block = 64;
   token_t k_block = 64;
 
-  block_lists choose(context&, const method_inputs& in) const {
-    return select_blocks(in.shape, scores, blocks, q_block, k_block, in.legal);
+  block_lists choose(context& ctx, const method_inputs& in) const {
+    return select_blocks(ctx, in.shape, scores, blocks, q_block, k_block, in.legal);
   }
 };
 

@@ -50,7 +50,7 @@ struct quest_method {
         keep_within(scores.row(set, row).first(end), set, scores.sets);
       }
     }
-    return select_blocks(in.shape, scores, pages, 1, page_size, in.legal);
+    return select_blocks(ctx, in.shape, scores, pages, 1, page_size, in.legal);
   }
 
  private:

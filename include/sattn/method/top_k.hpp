@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sattn/estimate/choose_lists.hpp>
 #include <sattn/estimate/list_scores.hpp>
 #include <sattn/estimate/row_scores.hpp>
 #include <sattn/method/method.hpp>
@@ -87,28 +88,23 @@ struct scored_tokens {
   const score_tensor& scores;
   selection tokens;
 
-  /// Throws: shape_error if the scores do not fit.
-  token_lists choose(context&, const method_inputs& in) const {
+  /// Throws: shape_error if the scores do not fit, protected counts are negative or a coverage
+  /// budget meets a negative score; std::bad_alloc.
+  token_lists choose(context& ctx, const method_inputs& in) const {
     require(scores.rows == in.shape.q_len && scores.cols == in.shape.kv_len, "scored_tokens: ",
             "scores are [", scores.sets, ", ", scores.rows, ", ", scores.cols, "], q_len is ",
             in.shape.q_len, ", kv_len ", in.shape.kv_len);
     detail::check_scores("scored_tokens", scores);
     token_lists lists;
     lists.sets = scores.sets;
-    lists.indptr.push_back(0);
-    selector choose_keys;
-    std::vector<token_t> chosen;
-    for (index_t set = 0; set < scores.sets; ++set) {
-      for (index_t row = 0; row < scores.rows; ++row) {
-        const token_t own = in.shape.position(row);
-        const key_range legal = in.legal.legal(own, in.shape.kv_len);
-        choose_keys.choose(scores.row(set, row).subspan(static_cast<std::size_t>(legal.begin),
-                                                        static_cast<std::size_t>(legal.size())),
-                           tokens, {own - legal.begin, own + 1 - legal.begin}, chosen);
-        for (const token_t key : chosen) lists.tokens.push_back(legal.begin + key);
-        lists.indptr.push_back(std::ssize(lists.tokens));
-      }
-    }
+    lists.append(detail::choose_lists(ctx, scores.sets * scores.rows, tokens, [&](index_t list) {
+      const token_t own = in.shape.position(list % scores.rows);
+      const key_range legal = in.legal.legal(own, in.shape.kv_len);
+      return detail::scored_units{scores.row(list / scores.rows, list % scores.rows)
+                                      .subspan(static_cast<std::size_t>(legal.begin),
+                                               static_cast<std::size_t>(legal.size())),
+                                  legal.begin, {own, own + 1}};
+    }));
     return lists;
   }
 };

@@ -29,7 +29,7 @@ struct vertical_slash_method {
   /// negative; std::bad_alloc.
   per_head choose(context& ctx, const method_inputs& in) const {
     return select_vertical_slash(
-        last_query_scores(ctx, in.shape, in.q, in.k, last_queries, in.rules(reduce)), columns,
+        ctx, last_query_scores(ctx, in.shape, in.q, in.k, last_queries, in.rules(reduce)), columns,
         distances);
   }
 };
@@ -50,28 +50,46 @@ struct minference_head {
 };
 
 /// A setting for each query head of a layer; interop/minference_json.hpp reads MInference's files.
+/// Heads that stream are not looked at.
 struct minference_heads {
   std::vector<minference_head> heads;
 
-  /// Throws: shape_error unless there is a setting for each query head.
+  /// Throws: shape_error unless there is a setting for each query head, of numbers that are not
+  /// negative; std::bad_alloc.
   per_head choose(context& ctx, const method_inputs& in) const {
     require(std::ssize(heads) == in.shape.q_heads, "minference_heads: ", heads.size(),
             " settings for ", in.shape.q_heads, " query heads");
+    std::vector<vertical_slash_method> rules;
+    for (const minference_head& head : heads) {
+      rules.push_back(minference(head.first, head.second));
+    }
+    const auto streams = [&](index_t h) {
+      return heads[static_cast<std::size_t>(h)].type == minference_head::kind::streaming;
+    };
     const last_query_sums sums =
-        last_query_scores(ctx, in.shape, in.q, in.k, 64, in.rules(head_reduce::none));
+        detail::sum_last_queries(ctx, in.shape, in.q, in.k, 64, in.rules(head_reduce::none),
+                                 [&](index_t h) { return !streams(h); });
+    // Lists 2 * head are of columns, the others of distances.
+    std::vector<std::vector<token_t>> chosen = detail::choose_lists(
+        ctx, 2 * in.shape.q_heads,
+        [&](index_t list) -> const selection& {
+          const vertical_slash_method& of_head = rules[static_cast<std::size_t>(list / 2)];
+          return list % 2 == 0 ? of_head.columns : of_head.distances;
+        },
+        [&](index_t list) {
+          if (streams(list / 2)) return detail::scored_units{};
+          return detail::scored_units{
+              (list % 2 == 0 ? sums.columns : sums.distances).row(list / 2, 0)};
+        });
     per_head result;
-    selector choose_units;
     for (index_t h = 0; h < in.shape.q_heads; ++h) {
       const minference_head& setting = heads[static_cast<std::size_t>(h)];
-      if (setting.type == minference_head::kind::streaming) {
+      if (streams(h)) {
         result.patterns.emplace_back(sink{setting.first} | sliding_window{setting.second});
         continue;
       }
-      const vertical_slash_method rules = minference(setting.first, setting.second);
-      vertical_slash pattern;
-      choose_units.choose(sums.columns.row(h, 0), rules.columns, {}, pattern.columns);
-      choose_units.choose(sums.distances.row(h, 0), rules.distances, {}, pattern.distances);
-      result.patterns.emplace_back(std::move(pattern));
+      auto* const lists = chosen.data() + 2 * h;
+      result.patterns.emplace_back(vertical_slash{std::move(lists[0]), std::move(lists[1])});
     }
     return result;
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sattn/core/math.hpp>
+#include <sattn/pattern/append_lists.hpp>
 #include <sattn/plan/plan_writer.hpp>
 
 #include <cstdint>
@@ -90,6 +91,11 @@ struct block_lists {
   std::vector<index_t> indptr;
   std::vector<token_t> indices;
   index_t sets = 1;
+
+  /// Adds one list after the other. Throws: std::bad_alloc.
+  void append(std::span<const std::vector<token_t>> lists) {
+    detail::append_lists(lists, indptr, indices);
+  }
 
   index_t heads() const { return sets; }
   tile_grid grid() const {

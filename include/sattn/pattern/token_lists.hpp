@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sattn/core/math.hpp>
+#include <sattn/pattern/append_lists.hpp>
 #include <sattn/plan/plan_writer.hpp>
 
 #include <span>
@@ -24,15 +25,7 @@ struct token_lists {
 
   /// Adds one list after the other. Throws: std::bad_alloc.
   void append(std::span<const std::vector<token_t>> lists) {
-    if (indptr.empty()) indptr.push_back(0);
-    indptr.reserve(indptr.size() + lists.size());
-    for (const std::vector<token_t>& list : lists) {
-      indptr.push_back(indptr.back() + std::ssize(list));
-    }
-    tokens.reserve(static_cast<std::size_t>(indptr.back()));
-    for (const std::vector<token_t>& list : lists) {
-      tokens.insert(tokens.end(), list.begin(), list.end());
-    }
+    detail::append_lists(lists, indptr, tokens);
   }
 
   index_t heads() const { return sets; }
