@@ -62,7 +62,7 @@ inline method reused_quest(index_t keys, index_t steps) {
            .budget = "sf_quest " + std::to_string(keys) + ", " + std::to_string(steps) + " steps"};
   m.begin = [=](context&, const sight&) { choices->forget(); };
   m.choose = [=](context& ctx, const sight& seen) {
-    return choices->choose(ctx, seen.inputs, seen.step, 0);
+    return choices->at(seen.step).choose(ctx, seen.inputs);
   };
   return m;
 }

@@ -331,36 +331,38 @@ TEST(reused, asks_once_for_so_many_steps_and_layers) {
   int expected_calls = 0;
   for (index_t step = 0; step < 8; ++step) {
     p.emplace(decode_problem(random, 100 + step));
-    const method_inputs in = inputs(*p);
-    for (index_t layer = 0; layer < 5; ++layer) {
-      if (step % 3 == 0 && layer % 2 == 0) ++expected_calls;
-      const any_pattern pattern = method.choose(contexts.any(), in, step, layer);
+    method_inputs in = inputs(*p);
+    for (in.layer = 0; in.layer < 5; ++in.layer) {
+      if (step % 3 == 0 && in.layer % 2 == 0) ++expected_calls;
+      const any_pattern pattern = method.at(step).choose(contexts.any(), in);
       EXPECT_EQ(calls, expected_calls);
       const index_t made = step / 3 * 3;
       EXPECT_TRUE(selects(plan_decode(contexts.any(), p->shape, pattern),
                           [&](index_t, index_t, index_t key) {
                             return key == (100 + made) / 2 || key >= 100 + made;
                           }))
-          << step << " " << layer;
+          << step << " " << in.layer;
     }
   }
   // The method is told the layer, and what is forgotten is chosen anew.
   const auto summaries = summaries_of(*p, 16);
   reused layers(quest(32), 4, 1);
-  const method_inputs known = inputs(*p, summaries);
   for (const index_t layer : {0, 2}) {
-    const auto plan = plan_decode(contexts.any(), p->shape,
-                                  layers.choose(contexts.any(), known, 0, layer));
-    EXPECT_EQ(plan.stats().density_selected() == 1.0, layer == 0);
+    const method_report did = plan_decode(contexts.any(), p->q.view(), p->kv(), layers.at(0),
+                                          {.layer = layer, .summaries = summaries})
+                                  .report();
+    EXPECT_EQ(did.pairs.density_selected() == 1.0, layer == 0);
   }
   method.forget();
-  method.choose(contexts.any(), inputs(*p), 8, 0);
+  method.at(8).choose(contexts.any(), inputs(*p));
   EXPECT_EQ(calls, expected_calls + 1);
   // Back to before a choice, and on again; a layer far away; layers that come first.
   calls = 0;
   method.forget();
   const auto ask = [&](index_t step, index_t layer) {
-    method.choose(contexts.any(), inputs(*p), step, layer);
+    method_inputs in = inputs(*p);
+    in.layer = layer;
+    method.at(step).choose(contexts.any(), in);
     return calls;
   };
   EXPECT_EQ(ask(4, 0), 1);
@@ -375,8 +377,45 @@ TEST(reused, asks_once_for_so_many_steps_and_layers) {
   EXPECT_NE(error_of([&] { ask(0, -1); }), "");
   EXPECT_NE(error_of([&] { ask(-1, 0); }), "");
   reused fresh(counting_method{&calls}, 3, 2);
-  EXPECT_NE(error_of([&] { fresh.choose(contexts.any(), inputs(*p), 0, 1); }), "");
+  method_inputs second = inputs(*p);
+  second.layer = 1;
+  EXPECT_NE(error_of([&] { fresh.at(0).choose(contexts.any(), second); }), "");
   EXPECT_NE(error_of([&] { reused(counting_method{&calls}, 0, 1); }), "");
+}
+
+// As any other method: within another one.
+TEST(reused, is_a_method) {
+  random_source random(1);
+  context ctx(1);
+  const attention_problem p = decode_problem(random, 300);
+  reused best(top_k(80), 4);
+  static_assert(attention_method<decltype(best.at(0))>);
+  const attention_plan all = plan_decode(ctx, p.q.view(), p.kv(), best.at(0)).plan;
+  const attention_plan some =
+      plan_decode(ctx, p.q.view(), p.kv(), pruned{best.at(1), selection{budget::fixed(9)}}).plan;
+  EXPECT_EQ(some.stats().selected, 9 * p.shape.q_heads);
+  EXPECT_TRUE(selects(some, [&](index_t head, index_t, index_t key) {
+    return formulas::largest(formulas::probabilities(p, head, 0), 9, 0).chosen.contains(key);
+  }));
+  EXPECT_EQ(all.stats().selected, 80 * p.shape.q_heads);
+}
+
+// Every head as if it were the only one.
+TEST(by_head, asks_each_head_for_itself) {
+  const seed_trace trace;
+  random_source random;
+  context ctx(1);
+  const attention_problem p = decode_problem(random, 300, 3);
+  const auto summaries = summaries_of(p, 16);
+  const auto rising = by_head{[](index_t head) { return sf_quest(16 * (head + 1), 16, false); }};
+  static_assert(attention_method<decltype(rising)>);
+  const attention_plan plan = decode_plan(ctx, p, rising, summaries);
+  for (index_t h = 0; h < p.shape.q_heads; ++h) {
+    const attention_plan alone =
+        decode_plan(ctx, p, sf_quest(16 * (h + 1), 16, false), summaries);
+    EXPECT_EQ(expand(plan, h), expand(alone, h)) << h;
+  }
+  EXPECT_NE(error_of([&] { decode_plan(ctx, p, rising, std::span(summaries).first(1)); }), "");
 }
 
 TEST(by_layer, takes_the_budget_of_the_layer) {

@@ -112,6 +112,8 @@ const std::map<std::string, std::function<choice(const asked&)>>& formulas_by_pr
       {"sf_quest", [](const asked& a) { return pages_by_bound(a, a.budget / page, true); }},
       {"sf_quest, each head",
        [](const asked& a) { return pages_by_bound(a, a.budget / page, false); }},
+      {"sf_quest by_head",
+       [](const asked& a) { return pages_by_bound(a, a.budget / page, false); }},
       {"sf_quest within pages_of",
        [](const asked& a) {
          const keep_lists kept = a.step.spread(a.budget);

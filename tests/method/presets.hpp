@@ -147,8 +147,9 @@ inline sattn::attention_plan reused_plan(sattn::context& ctx, const preset_input
                                          index_t budget) {
   sattn::reused method(sattn::top_k(budget), 2);
   const attention_problem before = in.before();
-  method.choose(ctx, in.of(before), 0, 0);
-  return plan_decode(ctx, in.p.shape, method.choose(ctx, in.of(in.p), 1, 0), {.legal = in.legal});
+  method.at(0).choose(ctx, in.of(before));
+  return plan_decode(ctx, in.p.q.view(), in.p.kv(), method.at(1), {.plan = {.legal = in.legal}})
+      .plan;
 }
 
 inline sattn::quest_method within_spread(const preset_inputs& in, index_t budget) {
@@ -233,6 +234,11 @@ inline std::vector<preset> all_presets() {
   prefill("xattention", [](const in_t& in, index_t b) {
     return sattn::xattention(8, in.share(b), 64);
   });
+  prefill("xattention by_head", [](const in_t& in, index_t b) {
+    return sattn::by_head{[share = in.share(b)](index_t head) {
+      return sattn::xattention(8, head % 2 == 0 ? share : std::min(1.0, 2 * share), 64);
+    }};
+  });
   prefill("scored_blocks", [](const in_t& in, index_t b) {
     return sattn::scored_blocks{in.blocks, {budget::fixed(b / 16), {.diagonal = true}},
                                 in_t::scored_block, in_t::scored_block};
@@ -256,6 +262,9 @@ inline std::vector<preset> all_presets() {
   decode("top_k", [](const in_t&, index_t b) { return sattn::top_k(b); });
   decode("top_k by_layer", [](const in_t&, index_t b) {
     return sattn::by_layer{[b](index_t layer) { return sattn::top_k(layer == 20 ? b : 1); }};
+  });
+  decode("sf_quest by_head", [](const in_t&, index_t b) {
+    return sattn::by_head{[b](index_t) { return sattn::sf_quest(b, in_t::page, false); }};
   });
   decode("shadow_top_k",
          [](const in_t& in, index_t b) { return sattn::shadow_top_k(b, in.copy.view); });

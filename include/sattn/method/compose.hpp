@@ -39,41 +39,43 @@ inline preselected_pages pages_of(const keep_lists& kept, token_t page_size, ind
 /// first of every `layers` layers, serves the others. Keys that came since then are attended to by
 /// all. Layers that a method treats apart need groups of their own. Every step has as many rows. A
 /// step before that of a choice, as after drafts were taken back, chooses anew.
+///
+///   reused quest(sf_quest(1024), 4);
+///   plan_decode(ctx, q, kv, quest.at(step), {.layer = layer, .summaries = cache.summaries()});
+///
 /// Stateful; one per sequence.
 /// Source: KTransformers' token_step and layer_step.
 template <attention_method M>
 class reused {
  public:
+  /// The method of one step, for the layer that its inputs name; inputs without one are of layer 0.
+  /// Refers to what it is of.
+  class of_step {
+   public:
+    /// Layers of a step come in order. Throws: shape_error as the method does, where the layer is
+    /// negative, where a group of layers does not begin with its first one in a step that chooses,
+    /// or where keys were dropped since: call forget() then; std::bad_alloc.
+    any_pattern choose(context& ctx, const method_inputs& in) const {
+      return of_.choose(ctx, in, step_, in.layer == method_inputs::no_layer ? 0 : in.layer);
+    }
+
+   private:
+    friend class reused;
+    of_step(reused& of, index_t step) : of_(of), step_(step) {}
+    reused& of_;
+    index_t step_;
+  };
+
   /// Throws: shape_error unless steps and layers are positive.
   explicit reused(M method, index_t steps = 1, index_t layers = 1)
       : method_(std::move(method)), steps_(steps), layers_(layers) {
     require(steps > 0 && layers > 0, "reused: every ", steps, " steps, every ", layers, " layers");
   }
 
-  /// Layers of a step come in order. Throws: shape_error as the method does, where a number is
-  /// negative, where a group of layers does not begin with its first one in a step that chooses, or
-  /// where keys were dropped since: call forget() then; std::bad_alloc.
-  any_pattern choose(context& ctx, const method_inputs& in, index_t step, index_t layer) {
-    require(step >= 0 && layer >= 0, "reused: step ", step, ", layer ", layer);
-    const index_t group = layer / layers_;
-    const auto found = groups_.find(group);
-    const bool serves = found != groups_.end() && step >= found->second.step &&
-                        step - found->second.step < steps_;
-    require(serves || layer % layers_ == 0, "reused: layer ", layer, " of step ", step,
-            " came before layer ", group * layers_);
-    if (!serves) {
-      method_inputs of_layer = in;
-      of_layer.layer = layer;
-      groups_.insert_or_assign(
-          group, chosen{method_.choose(ctx, of_layer), step, in.shape.kv_len});
-    }
-    const chosen& last = groups_.at(group);
-    const index_t since = in.shape.kv_len - last.kv_len;
-    require(since >= 0, "reused: ", in.shape.kv_len, " keys, ", last.kv_len,
-            " when the choice was made");
-    if (since == 0) return last.pattern;
-    // The newest row sees all of them; earlier rows of the same call a few keys more.
-    return last.pattern | sliding_window{static_cast<token_t>(since)};
+  /// Throws: shape_error if the step is negative.
+  of_step at(index_t step) {
+    require(step >= 0, "reused: step ", step);
+    return of_step(*this, step);
   }
 
   /// The next step chooses anew in every layer.
@@ -85,6 +87,27 @@ class reused {
     index_t step;
     index_t kv_len;
   };
+
+  any_pattern choose(context& ctx, const method_inputs& in, index_t step, index_t layer) {
+    require(layer >= 0, "reused: layer ", layer);
+    const index_t group = layer / layers_;
+    const auto found = groups_.find(group);
+    const bool serves = found != groups_.end() && step >= found->second.step &&
+                        step - found->second.step < steps_;
+    require(serves || layer % layers_ == 0, "reused: layer ", layer, " of step ", step,
+            " came before layer ", group * layers_);
+    if (!serves) {
+      groups_.insert_or_assign(group, chosen{method_.choose(ctx, in), step, in.shape.kv_len});
+    }
+    const chosen& last = groups_.at(group);
+    const index_t since = in.shape.kv_len - last.kv_len;
+    require(since >= 0, "reused: ", in.shape.kv_len, " keys, ", last.kv_len,
+            " when the choice was made");
+    if (since == 0) return last.pattern;
+    // The newest row sees all of them; earlier rows of the same call a few keys more.
+    return last.pattern | sliding_window{static_cast<token_t>(since)};
+  }
+
   M method_;
   index_t steps_;
   index_t layers_;
@@ -105,5 +128,34 @@ struct by_layer {
 };
 template <class F>
 by_layer(F) -> by_layer<F>;
+
+/// A method for each query head, of_head(query head), which looks at that head alone: budgets by
+/// head, such as the shares that XAttention searches for, or methods by head as any_pattern. Heads
+/// are looked at one after the other, each in parallel as its method is.
+template <class F>
+struct by_head {
+  F of_head;
+
+  /// Throws: what the methods throw; std::bad_alloc.
+  per_head choose(context& ctx, const method_inputs& in) const {
+    per_head heads;
+    for (index_t h = 0; h < in.shape.q_heads; ++h) {
+      const index_t kv_head = h / in.shape.group_size();
+      method_inputs own = in;
+      own.shape.q_heads = own.shape.kv_heads = 1;
+      own.q = in.q.head_slice(h, h + 1);
+      own.k = in.k.head_slice(kv_head, kv_head + 1);
+      if (!in.summaries.empty()) {
+        require(kv_head < std::ssize(in.summaries), "by_head: ", in.summaries.size(),
+                " summaries of pages for ", in.shape.kv_heads, " kv heads");
+        own.summaries = in.summaries.subspan(static_cast<std::size_t>(kv_head), 1);
+      }
+      heads.patterns.emplace_back(of_head(h).choose(ctx, own));
+    }
+    return heads;
+  }
+};
+template <class F>
+by_head(F) -> by_head<F>;
 
 }  // namespace sattn
