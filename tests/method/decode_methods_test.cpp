@@ -416,6 +416,11 @@ TEST(by_head, asks_each_head_for_itself) {
     EXPECT_EQ(expand(plan, h), expand(alone, h)) << h;
   }
   EXPECT_NE(error_of([&] { decode_plan(ctx, p, rising, std::span(summaries).first(1)); }), "");
+  const auto keys = by_head{[](index_t head) { return top_k(head + 1); }};
+  const attention_plan of_keys = decode_plan(ctx, p, keys);
+  for (index_t h = 0; h < p.shape.q_heads; ++h) {
+    EXPECT_EQ(expand(of_keys, h), expand(decode_plan(ctx, p, top_k(h + 1)), h)) << h;
+  }
 }
 
 TEST(by_layer, takes_the_budget_of_the_layer) {
