@@ -16,50 +16,35 @@
 
 namespace bench {
 
-/// A method whose pattern may be of any kind.
-struct any_method {
-  std::function<sattn::any_pattern(sattn::context&, const sattn::method_inputs&)> choose_with;
-  sattn::any_pattern choose(sattn::context& ctx, const sattn::method_inputs& in) const {
-    return choose_with(ctx, in);
-  }
-};
-
-template <class M>
-any_method any_of(M method) {
-  return {[=](sattn::context& ctx, const sattn::method_inputs& in) {
-    return sattn::any_pattern(method.choose(ctx, in));
-  }};
-}
-
 struct prefill_method {
   const char* name;
-  any_method published;  // with the defaults of its source
+  sattn::any_method published;  // with the defaults of its source
   double least, most;    // budgets between which the search for a density looks
-  std::function<any_method(double budget)> with_budget;
+  std::function<sattn::any_method(double budget)> with_budget;
 };
 
 inline std::vector<prefill_method> prefill_methods() {
   using namespace sattn;  // NOLINT(google-build-using-namespace)
   const auto tokens = [](double x) { return static_cast<token_t>(std::lround(x)); };
   return {
-      {"a_shape", any_of(a_shape{}), 16, 30000,
-       [=](double b) { return any_of(a_shape{128, tokens(b)}); }},
-      {"tri_shape", any_of(tri_shape{}), 16, 30000,
-       [=](double b) { return any_of(tri_shape{128, tokens(b), 100}); }},
-      {"minference", any_of(minference()), 4, 8000,
-       [=](double b) { return any_of(minference(tokens(b), 100 + tokens(b))); }},
-      {"sf_vertical_slash", any_of(sf_vertical_slash()), 4, 8000,
-       [=](double b) { return any_of(sf_vertical_slash(tokens(b), 64 + tokens(b))); }},
-      {"sf_flexprefill", any_of(sf_flexprefill()), 0.01, 0.99,
-       [=](double b) { return any_of(sf_flexprefill(b, 512, 64)); }},
-      {"flexprefill", any_of(flexprefill{}), 0.01, 0.99,
-       [=](double b) { return any_of(flexprefill(b, 0.1, 128)); }},
-      {"sf_block_sparse", any_of(sf_block_sparse()), 3, 1500,
-       [=](double b) { return any_of(sf_block_sparse(16, tokens(b))); }},
-      {"minference_block", any_of(minference_block()), 1, 400,
-       [=](double b) { return any_of(minference_block(tokens(b))); }},
-      {"xattention", any_of(xattention{}), 0.01, 0.99,
-       [=](double b) { return any_of(xattention(16, b)); }},
+      {"a_shape", any_method(a_shape{}), 16, 30000,
+       [=](double b) { return any_method(a_shape{128, tokens(b)}); }},
+      {"tri_shape", any_method(tri_shape{}), 16, 30000,
+       [=](double b) { return any_method(tri_shape{128, tokens(b), 100}); }},
+      {"minference", any_method(minference()), 4, 8000,
+       [=](double b) { return any_method(minference(tokens(b), 100 + tokens(b))); }},
+      {"sf_vertical_slash", any_method(sf_vertical_slash()), 4, 8000,
+       [=](double b) { return any_method(sf_vertical_slash(tokens(b), 64 + tokens(b))); }},
+      {"sf_flexprefill", any_method(sf_flexprefill()), 0.01, 0.99,
+       [=](double b) { return any_method(sf_flexprefill(b, 512, 64)); }},
+      {"flexprefill", any_method(flexprefill{}), 0.01, 0.99,
+       [=](double b) { return any_method(flexprefill(b, 0.1, 128)); }},
+      {"sf_block_sparse", any_method(sf_block_sparse()), 3, 1500,
+       [=](double b) { return any_method(sf_block_sparse(16, tokens(b))); }},
+      {"minference_block", any_method(minference_block()), 1, 400,
+       [=](double b) { return any_method(minference_block(tokens(b))); }},
+      {"xattention", any_method(xattention{}), 0.01, 0.99,
+       [=](double b) { return any_method(xattention(16, b)); }},
   };
 }
 
@@ -83,7 +68,7 @@ inline void run_prefill(benchmark::State& state, const prefill_method& m, index_
   sattn::serial_executor serial;
   sattn::context ctx(serial);
   const sattn::attention_plan dense = plan_prefill(ctx, data.shape(), sattn::dense{});
-  any_method method = m.published;
+  sattn::any_method method = m.published;
   if (density) {
     const double budget = budget_for(ctx, data, m, *density);
     method = m.with_budget(budget);

@@ -645,26 +645,4 @@ TEST(page_scores, say_what_does_not_fit) {
   EXPECT_EQ(s.tokens(), 10);
 }
 
-// Of three tiles of pages the second is not looked at by one of two heads.
-TEST(page_scores, skip_tiles_in_which_nothing_is_wanted) {
-  const seed_trace trace;
-  random_source random;
-  context ctx(2);
-  const attention_problem p(random, {2, 16 * 150, 2, 2, 8, 8});
-  const stored_view keys = p.k.view();
-  const auto summaries = summaries_of(keys, 16, dtype::f32);
-  const score_tensor all = page_scores(ctx, p.q.view(), summaries, head_reduce::none);
-  score_tensor some;
-  sattn::detail::score_pages_into(
-      ctx, some, p.q.view(), summaries, head_reduce::none, row_reduce::none,
-      [](index_t set, index_t row, key_range of) {
-        EXPECT_EQ(of.begin % 64, 0);
-        EXPECT_EQ(of.end, std::min(of.begin + 64, 150));
-        return set == 0 || row == 0 || of.begin != 64;
-      });
-  score_tensor want = all;
-  std::fill_n(want.row(1, 1).begin() + 64, 64, -infinity);
-  EXPECT_EQ(some.values, want.values);
-}
-
 }  // namespace

@@ -422,6 +422,22 @@ TEST(select_pooled_blocks, refuses_coverage_of_what_is_no_share) {
   EXPECT_NE(error({budget::fixed(1)}, {.k_block = 0}), "");
 }
 
+// Tasks throw nothing: what is refused is known when they are done, the first list first.
+TEST(select_blocks, refuses_the_first_list_with_a_negative_share_on_any_threads) {
+  thread_contexts contexts;
+  const sattn::attention_shape shape = aligned_shape(320, 320);
+  score_tensor scores(1, 20, 20, 0.5f);
+  scores.row(0, 13)[3] = -3;
+  scores.row(0, 7)[2] = -7;
+  scores.row(0, 5)[6] = -5;  // not seen
+  for (sattn::context& ctx : contexts) {
+    EXPECT_EQ(error_of([&] {
+                sattn::select_blocks(ctx, shape, scores, {budget::coverage(0.5)}, 16, 16);
+              }),
+              "selection: coverage needs scores >= 0, unit 2 has -7.000000");
+  }
+}
+
 TEST(select_blocks, lists_are_the_same_on_any_threads) {
   const seed_trace trace;
   random_source random;
@@ -449,6 +465,10 @@ TEST(select_blocks, refuses_scores_that_do_not_fit) {
   EXPECT_EQ(error_of([&] { select_blocks(shape, short_of_values, rule); }),
             "select_blocks: scores hold 6 values for [2, 2, 3]");
   EXPECT_NE(error_of([&] { select_blocks(shape, score_tensor(1, 2, 3, 0), rule, 0, 64); }), "");
+  EXPECT_NE(error_of([&] {
+              select_blocks(shape, score_tensor(1, 2, 3, 0), rule, 64, 64, {.window = -5});
+            }),
+            "");
   EXPECT_NE(
       error_of([&] { select_blocks(shape, score_tensor(1, 2, 3, -1), {budget::coverage(0.5)}); }),
       "");

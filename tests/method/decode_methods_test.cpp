@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <sattn/method/a_shape.hpp>
 #include <sattn/method/compose.hpp>
 #include <sattn/method/duo.hpp>
 #include <sattn/method/quest.hpp>
@@ -380,6 +381,9 @@ TEST(reused, asks_once_for_so_many_steps_and_layers) {
   method_inputs second = inputs(*p);
   second.layer = 1;
   EXPECT_NE(error_of([&] { fresh.at(0).choose(contexts.any(), second); }), "");
+  fresh.at(0).choose(contexts.any(), inputs(*p));
+  const attention_problem rows = decode_problem(random, 110, 2);
+  EXPECT_NE(error_of([&] { fresh.at(1).choose(contexts.any(), inputs(rows)); }), "");
   EXPECT_NE(error_of([&] { reused(counting_method{&calls}, 0, 1); }), "");
 }
 
@@ -416,6 +420,16 @@ TEST(by_head, asks_each_head_for_itself) {
     EXPECT_EQ(expand(plan, h), expand(alone, h)) << h;
   }
   EXPECT_NE(error_of([&] { decode_plan(ctx, p, rising, std::span(summaries).first(1)); }), "");
+  // Different methods.
+  const auto two = by_head{[](index_t head) {
+    return head == 2 ? any_method(streaming(4, 9)) : any_method(top_k(head + 1));
+  }};
+  const attention_plan of_two = decode_plan(ctx, p, two);
+  for (index_t h = 0; h < p.shape.q_heads; ++h) {
+    const attention_plan alone =
+        h == 2 ? decode_plan(ctx, p, streaming(4, 9)) : decode_plan(ctx, p, top_k(h + 1));
+    EXPECT_EQ(expand(of_two, h), expand(alone, h)) << h;
+  }
   const auto keys = by_head{[](index_t head) { return top_k(head + 1); }};
   const attention_plan of_keys = decode_plan(ctx, p, keys);
   for (index_t h = 0; h < p.shape.q_heads; ++h) {

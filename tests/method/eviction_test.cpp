@@ -645,6 +645,9 @@ TEST(cache_methods, refuse_what_does_not_fit) {
   m = snapkv(-1);
   EXPECT_NE(error(m), "");
   m = snapkv(40);
+  m.keep.diagonal = true;
+  EXPECT_NE(error(m), "");
+  m = snapkv(40);
   m.reduce = head_reduce::none;
   EXPECT_NE(error(m), "");
   EXPECT_NE(error(tova(-1)), "");

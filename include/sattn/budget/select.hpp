@@ -17,6 +17,11 @@ namespace sattn {
 
 namespace detail {
 
+inline void check_positions(index_t scores) {
+  require(scores <= std::numeric_limits<token_t>::max(), "selection: ", scores,
+          " scores, positions are 32 bit");
+}
+
 /// The nth largest, n from 1, of different numbers, whose order it changes. By radix: counts by the
 /// leading bits say among which few the number is, and the rest of the bits decide there. Leading
 /// bits are those in which the numbers differ, so that scores close to each other are told apart.
@@ -94,8 +99,7 @@ class selector {
 inline void selector::choose(std::span<const float> scores, const selection& rule,
                              key_range diagonal, std::vector<token_t>& chosen) {
   check_selection(rule);
-  require(std::ssize(scores) <= std::numeric_limits<token_t>::max(), "selection: ", scores.size(),
-          " scores, positions are 32 bit");
+  detail::check_positions(std::ssize(scores));
   const protection& keep = rule.keep;
   constexpr float illegal = -std::numeric_limits<float>::infinity();
   const auto n = static_cast<token_t>(scores.size());

@@ -158,7 +158,7 @@ class antidiagonal_tiles {
   std::array<index_t, max_tiles> rows_;
 };
 
-/// Scores of rows of blocks: an estimator as blocks.hpp says.
+/// The estimator of blocks by sums over antidiagonals.
 class antidiagonal_blocks {
  public:
   antidiagonal_blocks(context& ctx, const attention_shape& shape,
@@ -265,7 +265,7 @@ inline score_tensor antidiagonal_block_scores(context& ctx, const attention_shap
                                               const antidiagonal_options& options = {}) {
   detail::check_antidiagonal("antidiagonal_block_scores", shape, q, k, options);
   const detail::antidiagonal_blocks rows(ctx, shape, q, k, options);
-  return detail::score_blocks(ctx, rows.blocks(), rows);
+  return detail::score_blocks(ctx, rows);
 }
 
 /// The blocks with most of this mass for every row of blocks, without storing it all.
@@ -277,8 +277,9 @@ inline block_lists select_antidiagonal_blocks(context& ctx, const attention_shap
                                               const stored_view& k, const selection& rule,
                                               const antidiagonal_options& options = {}) {
   detail::check_antidiagonal("select_antidiagonal_blocks", shape, q, k, options);
+  check_selection(rule);
   const detail::antidiagonal_blocks rows(ctx, shape, q, k, options);
-  return detail::choose_blocks(ctx, rows.blocks(), rows, rule);
+  return detail::choose_blocks(ctx, rows, rule);
 }
 
 }  // namespace sattn

@@ -6,6 +6,8 @@
 #include <sattn/pattern/block_mask.hpp>
 
 #include <algorithm>
+#include <concepts>
+#include <span>
 #include <vector>
 
 namespace sattn {
@@ -26,10 +28,9 @@ struct block_extents {
 
   /// Key blocks that some row of query block i may see.
   key_range seen(index_t i) const {
-    const token_t begin = legal.legal(shape.position(first_row(i)), shape.kv_len).begin;
-    const token_t end = legal.legal(shape.position(end_row(i) - 1), shape.kv_len).end;
-    if (begin >= end) return {};
-    return {begin / k_block, static_cast<token_t>(ceil_div(end, k_block))};
+    const key_range keys = visible_keys(shape, legal, first_row(i), end_row(i) - first_row(i));
+    if (keys.size() == 0) return {};
+    return {keys.begin / k_block, static_cast<token_t>(ceil_div(keys.end, k_block))};
   }
   /// Those that some row of the query blocks [first, end) may see, and what lies between them.
   key_range seen(index_t first, index_t end) const {
@@ -51,20 +52,24 @@ struct block_extents {
   }
 };
 
-// An estimator of blocks scores rows of them into the memory of one worker:
-//
-//   index_t sets() const;
-//   index_t rows_of_task() const;
-//   std::size_t bytes() const;  // of scratch
-//   void score(scratch_arena, index_t set, index_t first, index_t rows, float* scores) const;
-//
-// scores [rows][cols], joined over the heads of the set; only blocks that a row of blocks sees are
-// written.
+/// Scores rows of blocks, rows_of_task() of them at a time, into the memory of one worker:
+/// scores [rows][cols] of the rows from `first` on, joined over the heads of the set. Only blocks
+/// that a row of blocks sees are written. bytes() is the scratch that it needs.
+template <class E>
+concept block_estimator = requires(const E& e, scratch_arena arena, index_t set, index_t first,
+                                   index_t rows, float* scores) {
+  { e.blocks() } -> std::convertible_to<const block_extents&>;
+  { e.sets() } -> std::convertible_to<index_t>;
+  { e.rows_of_task() } -> std::convertible_to<index_t>;
+  { e.bytes() } -> std::convertible_to<std::size_t>;
+  e.score(arena, set, first, rows, scores);
+};
 
 /// All scores, [sets, rows, cols].
-template <class Estimator>
-score_tensor score_blocks(context& ctx, const block_extents& blocks, const Estimator& estimator) {
-  score_tensor scores(estimator.sets(), blocks.rows(), blocks.cols(), not_legal);
+template <block_estimator E>
+score_tensor score_blocks(context& ctx, const E& estimator) {
+  score_tensor scores(estimator.sets(), estimator.blocks().rows(), estimator.blocks().cols(),
+                      not_legal);
   const index_t tasks = ceil_div(scores.rows, estimator.rows_of_task());
   const worker_scratch scratch(ctx, estimator.bytes());
   ctx.executor().parallel_for(scores.sets * tasks, [&](index_t task, index_t worker) {
@@ -76,12 +81,11 @@ score_tensor score_blocks(context& ctx, const block_extents& blocks, const Estim
   return scores;
 }
 
-/// The best blocks of every row, which is chosen from where it was scored. Scores are not negative
-/// if the budget is one by coverage.
-template <class Estimator>
-block_lists choose_blocks(context& ctx, const block_extents& blocks, const Estimator& estimator,
-                          const selection& rule) {
-  check_selection(rule);
+/// The best blocks of every row, which is chosen from where it was scored, by a rule that was
+/// checked. Scores are not negative if the budget is one by coverage.
+template <block_estimator E>
+block_lists choose_blocks(context& ctx, const E& estimator, const selection& rule) {
+  const block_extents& blocks = estimator.blocks();
   const index_t rows = blocks.rows();
   const index_t cols = blocks.cols();
   const index_t tasks = ceil_div(rows, estimator.rows_of_task());
@@ -118,12 +122,14 @@ block_lists choose_blocks(context& ctx, const block_extents& blocks, const Estim
 /// Protected units count in key blocks; `diagonal` blocks are those that hold the rows' own
 /// positions. Blocks without a pair that `legal`, the domain of the plan, allows are not chosen,
 /// whatever their score.
-/// Throws: shape_error if the scores do not fit the shape and block sizes, protected counts are
+/// Throws: shape_error if the shape, the scores or block sizes do not fit, protected counts are
 /// negative or a coverage budget meets a negative score; std::bad_alloc.
+/// Cost: two passes over the scores; parallel over sets and rows of blocks.
 inline block_lists select_blocks(context& ctx, const attention_shape& shape,
                                  const score_tensor& scores, const selection& rule,
                                  token_t q_block = 64, token_t k_block = 64,
                                  const domain& legal = {}) {
+  check_shape(shape, legal);
   detail::check_block_sizes("select_blocks", q_block, k_block);
   const detail::block_extents blocks{shape, legal, q_block, k_block};
   require(scores.rows == blocks.rows() && scores.cols == blocks.cols(),

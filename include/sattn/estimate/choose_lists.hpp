@@ -4,7 +4,9 @@
 #include <sattn/budget/select.hpp>
 #include <sattn/exec/context.hpp>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -17,6 +19,7 @@ struct scored_units {
   key_range diagonal = {};  // units that hold the rows' own positions
 };
 
+/// Of one list, on the calling thread. Throws: shape_error as selector::choose does.
 inline void choose_from(const scored_units& units, const selection& rule, selector& choose,
                         std::vector<token_t>& chosen) {
   const token_t first = units.first;
@@ -25,31 +28,43 @@ inline void choose_from(const scored_units& units, const selection& rule, select
   for (token_t& unit : chosen) unit += first;
 }
 
-/// Throws: shape_error where a coverage budget meets a negative score, which tasks must not do.
-inline void check_masses(const selection& rule, std::span<const float> scores) {
-  if (rule.amount.by() != budget::kind::coverage) return;
-  for (std::size_t i = 0; i < scores.size(); ++i) {
-    require(!(scores[i] < 0.0f) || std::isinf(scores[i]),
-            "selection: coverage needs scores >= 0, unit ", i, " has ", scores[i]);
-  }
+/// Whether the rule refuses the scores, which tasks must not: they throw nothing.
+inline bool refuses(const selection& rule, std::span<const float> scores) {
+  return rule.amount.by() == budget::kind::coverage &&
+         std::any_of(scores.begin(), scores.end(),
+                     [](float score) { return score < 0.0f && !std::isinf(score); });
 }
 
-/// The units that rules choose of each list, in parallel: rule_of(list) -> selection,
+/// The units that rules choose of each list, in parallel: rule_of(list) -> const selection&,
 /// units_of(list) -> scored_units.
+/// Throws: shape_error as selector::choose does, for the first list it refuses; std::bad_alloc.
 template <class RuleOf, class UnitsOf>
 std::vector<std::vector<token_t>> choose_lists(context& ctx, index_t lists, const RuleOf& rule_of,
                                                const UnitsOf& units_of) {
+  struct choices_of_worker {
+    selector choose;
+    index_t refused = std::numeric_limits<index_t>::max();
+  };
   for (index_t i = 0; i < lists; ++i) {
-    const selection& rule = rule_of(i);
-    check_selection(rule);
-    check_masses(rule, units_of(i).scores);
+    check_selection(rule_of(i));
+    check_positions(std::ssize(units_of(i).scores));
   }
   std::vector<std::vector<token_t>> chosen(static_cast<std::size_t>(lists));
-  std::vector<selector> choose(static_cast<std::size_t>(ctx.executor().concurrency()));
+  std::vector<choices_of_worker> workers(static_cast<std::size_t>(ctx.executor().concurrency()));
   ctx.executor().parallel_for(lists, [&](index_t task, index_t worker) {
-    choose_from(units_of(task), rule_of(task), choose[static_cast<std::size_t>(worker)],
-                chosen[static_cast<std::size_t>(task)]);
+    choices_of_worker& own = workers[static_cast<std::size_t>(worker)];
+    const scored_units units = units_of(task);
+    if (refuses(rule_of(task), units.scores)) {
+      own.refused = std::min(own.refused, task);
+      return;
+    }
+    choose_from(units, rule_of(task), own.choose, chosen[static_cast<std::size_t>(task)]);
   });
+  index_t refused = std::numeric_limits<index_t>::max();
+  for (const choices_of_worker& own : workers) refused = std::min(refused, own.refused);
+  if (refused < lists) {
+    choose_from(units_of(refused), rule_of(refused), workers.front().choose, chosen.front());
+  }
   return chosen;
 }
 /// The same by one rule.

@@ -184,6 +184,7 @@ inline score_tensor last_query_maxima(context& ctx, const attention_shape& shape
 /// Protected `first` units are the first keys and the shortest distances (the local window).
 /// Throws: shape_error if the sums do not fit each other, protected counts are negative or a
 /// coverage budget meets a negative score; std::bad_alloc.
+/// Cost: two passes over the sums of a set and a selection; parallel over sets.
 inline per_head select_vertical_slash(context& ctx, const last_query_sums& sums,
                                       const selection& columns, const selection& distances) {
   detail::check_scores("select_vertical_slash", sums.columns);

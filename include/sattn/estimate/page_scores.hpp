@@ -17,14 +17,28 @@ static_assert(page_summaries::tile_pages == tile_pages);
 /// Whether each query row has scores of its own or all rows of the call share the sum of theirs.
 enum class row_reduce { none, sum };
 
-namespace detail {
-
-/// page_scores_into() of the tiles of pages in which wanted(set, row, pages) finds one; all pages
-/// of other tiles score -inf.
-template <class Wanted>
-void score_pages_into(context& ctx, score_tensor& scores, const tensor_view<const float>& q,
-                      std::span<const page_summaries> summaries, head_reduce heads,
-                      row_reduce rows, const Wanted& wanted) {
+/// What the scores q . k of a page's keys can be at most or are on average, not scaled, from the
+/// bounds or the means of each kv head.
+///
+/// Shapes: q [q_len, q_heads, head_dim], one summary for each kv head; result [sets, rows, pages]:
+/// sets = q_heads or, where heads are reduced, kv_heads; rows = q_len or 1; pages of the longest
+/// head, -inf behind the last page of a shorter one. `scores` keeps its memory from call to call.
+/// A page whose summary is not finite scores +inf. A sum or mean of heads and rows takes one
+/// product for all of them, a maximum one for each head.
+/// Throws: shape_error if shapes do not fit, summaries are of both kinds or a borrowed workspace is
+/// too small; nothing is written then.
+/// Cost: bandwidth of the summaries; parallel over sets, rows and tiles of pages.
+/// Accuracy: f32. For one query a bound holds to the last bit where q . k is summed with fused
+/// products in the order of d and nothing underflows; for sums of queries it holds up to their
+/// roundings. A mean score has the roundings of the mean and of its product.
+///
+/// Source: Quest (arXiv:2406.10774) for bounds, MoBA (arXiv:2502.13189) for means; the sum over
+/// heads is that of The Sparse Frontier (arXiv:2504.17768).
+inline void page_scores_into(context& ctx, score_tensor& scores,
+                             const tensor_view<const float>& q,
+                             std::span<const page_summaries> summaries,
+                             head_reduce heads = head_reduce::sum,
+                             row_reduce rows = row_reduce::none) {
   check_view("page_scores: q", q);
   const index_t kv_heads = std::ssize(summaries);
   require(kv_heads > 0 && q.heads > 0 && q.heads % kv_heads == 0, "page_scores: ", q.heads,
@@ -88,11 +102,6 @@ void score_pages_into(context& ctx, score_tensor& scores, const tensor_view<cons
       const index_t count = std::min(tile_pages, pages - first);
       const index_t known = std::clamp<index_t>(of_head.pages() - first, 0, count);
       float* const to = out.data() + first;
-      if (!wanted(set, row, key_range{static_cast<token_t>(first),
-                                      static_cast<token_t>(first + count)})) {
-        std::fill_n(to, count, not_legal);
-        continue;
-      }
       for (index_t p = 0; p < products && known > 0; ++p) {
         const index_t next = p + 1 == products && t + 1 < of_head.tiles() ? t + 1 : t;
         ctx.kernel_table().score_pages({of_head.tile(t), of_head.tile(next), of_head.options().type,
@@ -102,37 +111,9 @@ void score_pages_into(context& ctx, score_tensor& scores, const tensor_view<cons
           to[i] = p == 0 ? score : std::max(to[i], score);
         }
       }
-      std::fill(to + known, to + count, not_legal);
+      std::fill(to + known, to + count, detail::not_legal);
     }
   });
-}
-
-}  // namespace detail
-
-/// What the scores q . k of a page's keys can be at most or are on average, not scaled, from the
-/// bounds or the means of each kv head.
-///
-/// Shapes: q [q_len, q_heads, head_dim], one summary for each kv head; result [sets, rows, pages]:
-/// sets = q_heads or, where heads are reduced, kv_heads; rows = q_len or 1; pages of the longest
-/// head, -inf behind the last page of a shorter one. `scores` keeps its memory from call to call.
-/// A page whose summary is not finite scores +inf. A sum or mean of heads and rows takes one
-/// product for all of them, a maximum one for each head.
-/// Throws: shape_error if shapes do not fit, summaries are of both kinds or a borrowed workspace is
-/// too small; nothing is written then.
-/// Cost: bandwidth of the summaries; parallel over sets, rows and tiles of pages.
-/// Accuracy: f32. For one query a bound holds to the last bit where q . k is summed with fused
-/// products in the order of d and nothing underflows; for sums of queries it holds up to their
-/// roundings. A mean score has the roundings of the mean and of its product.
-///
-/// Source: Quest (arXiv:2406.10774) for bounds, MoBA (arXiv:2502.13189) for means; the sum over
-/// heads is that of The Sparse Frontier (arXiv:2504.17768).
-inline void page_scores_into(context& ctx, score_tensor& scores,
-                             const tensor_view<const float>& q,
-                             std::span<const page_summaries> summaries,
-                             head_reduce heads = head_reduce::sum,
-                             row_reduce rows = row_reduce::none) {
-  detail::score_pages_into(ctx, scores, q, summaries, heads, rows,
-                           [](index_t, index_t, key_range) { return true; });
 }
 
 /// The same as new scores.

@@ -44,7 +44,7 @@ inline std::vector<float> pool_rows(context& ctx, const stored_view& rows, token
   return means;
 }
 
-/// Scores of rows of blocks: an estimator as blocks.hpp says.
+/// The estimator of blocks by their means.
 class pooled_blocks {
  public:
   pooled_blocks(context& ctx, const attention_shape& shape, const tensor_view<const float>& q,
@@ -126,7 +126,8 @@ inline void check_pooled(const char* name, const attention_shape& shape,
 /// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim]; result
 /// [sets, ceil(q_len / q_block), ceil(kv_len / k_block)], -inf where no pair is legal.
 /// Throws: shape_error if shapes or block sizes do not fit, or a borrowed workspace is too small.
-/// Cost: one pass over q and k, then 1 / (q_block * k_block) of dense scores.
+/// Cost: one pass over q and k, then 1 / (q_block * k_block) of dense scores; parallel over blocks,
+/// then over sets and 16 rows of blocks.
 /// Source: Block-Sparse of The Sparse Frontier (arXiv:2504.17768) and MInference
 /// (arXiv:2407.02490); unlike the former, a short last block is divided by its own length.
 inline score_tensor pooled_block_scores(context& ctx, const attention_shape& shape,
@@ -134,7 +135,7 @@ inline score_tensor pooled_block_scores(context& ctx, const attention_shape& sha
                                         const pooled_block_options& options = {}) {
   detail::check_pooled("pooled_block_scores", shape, q, k, options);
   const detail::pooled_blocks rows(ctx, shape, q, k, options);
-  return detail::score_blocks(ctx, rows.blocks(), rows);
+  return detail::score_blocks(ctx, rows);
 }
 
 /// The blocks with the best of these scores for every row of blocks, without storing them all.
@@ -142,16 +143,17 @@ inline score_tensor pooled_block_scores(context& ctx, const attention_shape& sha
 /// Shapes as above; protected units as of select_blocks().
 /// Throws: shape_error as above, if protected counts are negative or a budget is by coverage and
 /// options.probabilities false; std::bad_alloc.
-/// Cost: as above; for each worker 32 * kv_len / k_block floats.
+/// Cost: as above; for each worker 32 * kv_len / k_block floats and the ranks of one row of blocks.
 inline block_lists select_pooled_blocks(context& ctx, const attention_shape& shape,
                                         const tensor_view<const float>& q, const stored_view& k,
                                         const selection& rule,
                                         const pooled_block_options& options = {}) {
   detail::check_pooled("select_pooled_blocks", shape, q, k, options);
+  check_selection(rule);
   require(rule.amount.by() != budget::kind::coverage || options.probabilities,
           "select_pooled_blocks: a budget by coverage needs probabilities");
   const detail::pooled_blocks rows(ctx, shape, q, k, options);
-  return detail::choose_blocks(ctx, rows.blocks(), rows, rule);
+  return detail::choose_blocks(ctx, rows, rule);
 }
 
 }  // namespace sattn

@@ -42,7 +42,7 @@ inline block_sparse_method minference_block(index_t top_blocks = 100) {
 }
 
 /// Blocks by their mass along antidiagonals, as many as reach a threshold of each row of blocks;
-/// the first block and the row's own count first. Throws: shape_error where a soft cap is set.
+/// the first block and the row's own count first.
 /// Source: XAttention (arXiv:2503.16428).
 struct xattention {
   token_t stride;
@@ -54,6 +54,10 @@ struct xattention {
                                 head_reduce group = head_reduce::none)
       : stride(every), threshold(share), block_size(block), reduce(group) {}
 
+  /// A list for each block of rows of each set of heads that `reduce` leaves.
+  /// Shapes: q [q_len, q_heads, head_dim], k [kv_len, kv_heads, head_dim].
+  /// Throws: shape_error if shapes do not fit, the stride does not divide the block, the threshold
+  /// is outside (0, 1] or a soft cap is set; std::bad_alloc.
   block_lists choose(context& ctx, const method_inputs& in) const {
     return select_antidiagonal_blocks(
         ctx, in.shape, in.q, in.k, {budget::coverage(threshold), {.first = 1, .diagonal = true}},
@@ -71,6 +75,7 @@ struct scored_blocks {
   token_t q_block = 64;
   token_t k_block = 64;
 
+  /// Throws: shape_error as select_blocks(); std::bad_alloc.
   block_lists choose(context& ctx, const method_inputs& in) const {
     return select_blocks(ctx, in.shape, scores, blocks, q_block, k_block, in.legal);
   }

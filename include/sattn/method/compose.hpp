@@ -37,8 +37,8 @@ inline preselected_pages pages_of(const keep_lists& kept, token_t page_size, ind
 
 /// One choice for several decode steps and layers: what is chosen anew every `steps` steps, by the
 /// first of every `layers` layers, serves the others. Keys that came since then are attended to by
-/// all. Layers that a method treats apart need groups of their own. Every step has as many rows. A
-/// step before that of a choice, as after drafts were taken back, chooses anew.
+/// all. Layers that a method treats apart need groups of their own; a by_head goes within. A step
+/// before that of a choice, as after drafts were taken back, chooses anew.
 ///
 ///   reused quest(sf_quest(1024), 4);
 ///   plan_decode(ctx, q, kv, quest.at(step), {.layer = layer, .summaries = cache.summaries()});
@@ -54,7 +54,8 @@ class reused {
    public:
     /// Layers of a step come in order. Throws: shape_error as the method does, where the layer is
     /// negative, where a group of layers does not begin with its first one in a step that chooses,
-    /// or where keys were dropped since: call forget() then; std::bad_alloc.
+    /// or where keys were dropped or the number of rows or heads changed since: call forget() then;
+    /// std::bad_alloc.
     any_pattern choose(context& ctx, const method_inputs& in) const {
       return of_.choose(ctx, in, step_, in.layer == method_inputs::no_layer ? 0 : in.layer);
     }
@@ -73,7 +74,7 @@ class reused {
   }
 
   /// Throws: shape_error if the step is negative.
-  of_step at(index_t step) {
+  of_step at(index_t step) & {
     require(step >= 0, "reused: step ", step);
     return of_step(*this, step);
   }
@@ -85,7 +86,7 @@ class reused {
   struct chosen {
     any_pattern pattern;
     index_t step;
-    index_t kv_len;
+    attention_shape shape;
   };
 
   any_pattern choose(context& ctx, const method_inputs& in, index_t step, index_t layer) {
@@ -97,11 +98,15 @@ class reused {
     require(serves || layer % layers_ == 0, "reused: layer ", layer, " of step ", step,
             " came before layer ", group * layers_);
     if (!serves) {
-      groups_.insert_or_assign(group, chosen{method_.choose(ctx, in), step, in.shape.kv_len});
+      groups_.insert_or_assign(group, chosen{method_.choose(ctx, in), step, in.shape});
     }
     const chosen& last = groups_.at(group);
-    const index_t since = in.shape.kv_len - last.kv_len;
-    require(since >= 0, "reused: ", in.shape.kv_len, " keys, ", last.kv_len,
+    require(in.shape.q_len == last.shape.q_len && in.shape.q_heads == last.shape.q_heads &&
+                in.shape.kv_heads == last.shape.kv_heads,
+            "reused: ", in.shape.q_len, " rows of ", in.shape.q_heads, " heads, ",
+            last.shape.q_len, " of ", last.shape.q_heads, " when the choice was made");
+    const index_t since = in.shape.kv_len - last.shape.kv_len;
+    require(since >= 0, "reused: ", in.shape.kv_len, " keys, ", last.shape.kv_len,
             " when the choice was made");
     if (since == 0) return last.pattern;
     // The newest row sees all of them; earlier rows of the same call a few keys more.
@@ -129,9 +134,13 @@ struct by_layer {
 template <class F>
 by_layer(F) -> by_layer<F>;
 
-/// A method for each query head, of_head(query head), which looks at that head alone: budgets by
-/// head, such as the shares that XAttention searches for, or methods by head as any_pattern. Heads
-/// are looked at one after the other, each in parallel as its method is.
+/// A method for each query head, of_head(query head): budgets by head, such as the shares that
+/// XAttention searches for, or different methods as any_method. A method sees its head as the only
+/// one of the attention, so that data which it refers to (scores, copies of keys, settings of
+/// heads) are of one head.
+///
+/// Heads are looked at one after the other: methods that are parallel over blocks or pages stay so,
+/// those that are parallel over heads (by the last queries, flexprefill) run on one thread.
 template <class F>
 struct by_head {
   F of_head;

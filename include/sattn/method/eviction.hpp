@@ -121,12 +121,9 @@ struct tova {
     for (index_t h = 0; h < scores.sets; ++h) {
       detail::join_head(mean, scores.row(h, 0), h, scores.sets, head_reduce::mean);
     }
-    keep_lists kept(static_cast<std::size_t>(in.shape.kv_heads));
-    selector choose;
-    for (std::vector<token_t>& list : kept) {
-      choose.choose(mean, {budget::fixed(capacity)}, {}, list);
-    }
-    return kept;
+    std::vector<token_t> of_all;
+    selector().choose(mean, {budget::fixed(capacity)}, {}, of_all);
+    return keep_lists(static_cast<std::size_t>(in.shape.kv_heads), of_all);
   }
 };
 

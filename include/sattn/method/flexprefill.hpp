@@ -30,7 +30,7 @@ namespace sattn {
 /// divided by the block, not by 128, and blocks without mass add nothing to the divergence, which
 /// is NaN there in the source, and such a head not query-aware.
 /// Cost: of an estimate by the last block of rows and one by means; parallel over heads; for each
-/// worker (q_len / block_size) * (kv_len / block_size) floats where its head is query-aware.
+/// worker up to 17 bytes for each pair of blocks where its head is query-aware, 1 where not.
 struct flexprefill {
   double coverage;          // gamma
   double divergence_limit;  // tau
@@ -166,6 +166,7 @@ inline any_pattern flexprefill::choose(context& ctx, const method_inputs& in) co
   const detail::pooled_blocks& of_last = of_short ? *of_short : pooled;
 
   const index_t rows = pooled.blocks().rows();
+  detail::check_positions(rows * pooled.blocks().cols());  // one pool for a head
   const detail::worker_scratch scratch(ctx, std::max(pooled.bytes(), of_last.bytes()));
   std::vector<choice_of_head> workers(static_cast<std::size_t>(ctx.executor().concurrency()),
                                       choice_of_head{*this, pooled, of_last, sums});

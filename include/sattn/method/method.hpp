@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <concepts>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <span>
@@ -36,12 +38,29 @@ struct method_inputs {
 };
 
 /// A recipe that chooses what each row attends to: it estimates, applies a budget and returns a
-/// pattern. Plain data; it owns no kernel and keeps nothing from call to call.
+/// pattern. It owns no kernel. All but those of `reused` are plain data that keep nothing from call
+/// to call.
 ///
 ///   P choose(context& ctx, const method_inputs& in) const;   // P: an attention_pattern
 template <class M>
 concept attention_method = requires(const M& method, context& ctx, const method_inputs& in) {
   { method.choose(ctx, in) } -> attention_pattern;
+};
+
+/// Any method as a value of one type.
+class any_method {
+ public:
+  template <attention_method M>
+    requires(!std::same_as<M, any_method>)
+  any_method(M method)  // NOLINT(google-explicit-constructor): converts as patterns do
+      : choose_([m = std::move(method)](context& ctx, const method_inputs& in) {
+          return any_pattern(m.choose(ctx, in));
+        }) {}
+
+  any_pattern choose(context& ctx, const method_inputs& in) const { return choose_(ctx, in); }
+
+ private:
+  std::function<any_pattern(context&, const method_inputs&)> choose_;
 };
 
 struct method_options {

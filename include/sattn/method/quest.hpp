@@ -28,8 +28,8 @@ struct quest_method {
   token_t page_size = 16;
   head_reduce reduce = head_reduce::sum;  // one product for a group; none: a list per query head
   index_t dense_layers = 0;  // the first ones run dense
-  // Chooses among these, among pages that came later and the last one that a row may see. Of the
-  // other pages none is looked at where 64 of them follow each other.
+  // Chooses among these, among pages that came later and the last one that a row may see. Bounds of
+  // all pages are read all the same.
   std::optional<preselected_pages> within = std::nullopt;
 
   /// Throws: shape_error if summaries are missing, have pages of another size or know more or fewer
@@ -43,32 +43,30 @@ struct quest_method {
               s.tokens(), " keys in pages of ", s.options().page_size, ", expected ",
               in.shape.kv_len, " in pages of ", page_size);
     }
-    const index_t sets = detail::score_sets(in.shape, reduce);
-    if (within) check_within(sets);
-    // Pages of a set that a row may choose from.
-    const auto meets = [&](index_t set, index_t row, key_range of) {
-      if (!within || of.end > within->keys / page_size) return true;
-      const key_range seen = in.legal.legal(in.shape.position(row), in.shape.kv_len);
-      const index_t own = ceil_div(seen.end, page_size) - 1;
-      if (own >= of.begin && own < of.end) return true;
-      const std::span<const token_t> list = preselected(set, sets);
-      const auto next = std::lower_bound(list.begin(), list.end(), of.begin);
-      return next != list.end() && *next < of.end;
-    };
-    score_tensor scores;
-    detail::score_pages_into(ctx, scores, in.q, in.summaries, reduce, row_reduce::none, meets);
-    for (index_t i = 0; within && i < sets * scores.rows; ++i) {
-      const std::span<float> of_row = scores.row(i / scores.rows, i % scores.rows);
-      for (token_t page = 0; page < std::ssize(of_row); ++page) {
-        if (!meets(i / scores.rows, i % scores.rows, {page, page + 1})) {
-          of_row[static_cast<std::size_t>(page)] = detail::not_legal;
-        }
+    if (within) check_within(detail::score_sets(in.shape, reduce));
+    score_tensor scores = page_scores(ctx, in.q, in.summaries, reduce);
+    for (index_t row = 0; within && row < in.shape.q_len; ++row) {
+      const key_range legal = in.legal.legal(in.shape.position(row), in.shape.kv_len);
+      const auto end = static_cast<std::size_t>(ceil_div(legal.end, page_size));
+      for (index_t set = 0; set < scores.sets; ++set) {
+        keep_within(scores.row(set, row).first(end), preselected(set, scores.sets));
       }
     }
     return select_blocks(ctx, in.shape, scores, pages, 1, page_size, in.legal);
   }
 
  private:
+  /// Of the pages that a row may see, those outside are not legal.
+  void keep_within(std::span<float> of_row, std::span<const token_t> list) const {
+    const index_t later = within->keys / page_size;
+    auto next = list.begin();
+    for (index_t page = 0; page + 1 < std::min<index_t>(std::ssize(of_row), later + 1); ++page) {
+      while (next != list.end() && *next < page) ++next;
+      if (next == list.end() || *next != page) {
+        of_row[static_cast<std::size_t>(page)] = detail::not_legal;
+      }
+    }
+  }
   std::span<const token_t> preselected(index_t set, index_t sets) const {
     const block_lists& lists = within->pages;
     const auto list = static_cast<std::size_t>(set * lists.sets / sets);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sattn/budget/adaptive.hpp>
+#include <sattn/estimate/choose_lists.hpp>
 #include <sattn/estimate/last_queries.hpp>
 #include <sattn/estimate/smooth.hpp>
 #include <sattn/method/cache_method.hpp>
@@ -34,8 +35,8 @@ struct snapkv_method {
   // The heads of the call share their budget; of_head and keep are taken from above.
   std::optional<adaptive_budget> adaptive = std::nullopt;
 
-  /// Throws: shape_error if numbers are out of range, reduce is none or fewer keys than are
-  /// protected may stay; std::bad_alloc.
+  /// Throws: shape_error if numbers are out of range, reduce is none, keep.diagonal is set or fewer
+  /// keys than are protected may stay; std::bad_alloc.
   keep_lists choose_kept(context& ctx, const method_inputs& in) const;
 };
 
@@ -72,6 +73,7 @@ inline keep_lists snapkv_method::choose_kept(context& ctx, const method_inputs& 
   require(capacity >= 0, "snapkv: capacity ", capacity, " is negative");
   const selection rule{budget::fixed(capacity), keep};
   check_selection(rule);
+  require(!keep.diagonal, "snapkv: keep.diagonal has no meaning for a cache; use keep.recent");
   require(capacity >= in.shape.kv_len ||
               (keep.first <= capacity && keep.recent <= capacity - keep.first),
           "snapkv: a capacity of ", capacity, " is less than the first ", keep.first,
@@ -79,19 +81,17 @@ inline keep_lists snapkv_method::choose_kept(context& ctx, const method_inputs& 
   require(pool_width > 0 && pool_width % 2 == 1, "snapkv: pool_width ", pool_width,
           ", expected an odd number");
   const score_tensor scores = detail::snapkv_scores(ctx, in, *this);
-  keep_lists kept(static_cast<std::size_t>(in.shape.kv_heads));
   if (adaptive) {
+    keep_lists kept(static_cast<std::size_t>(in.shape.kv_heads));
     adaptive_budget shared = *adaptive;
     shared.of_head = std::min(capacity, in.shape.kv_len);
     shared.keep = keep;
     if (in.shape.kv_heads > 0) choose_over_heads(scores.values, in.shape.kv_heads, shared, kept);
     return kept;
   }
-  selector choose;
-  for (index_t h = 0; h < in.shape.kv_heads; ++h) {
-    choose.choose(scores.row(h, 0), rule, {}, kept[static_cast<std::size_t>(h)]);
-  }
-  return kept;
+  return detail::choose_lists(ctx, in.shape.kv_heads, rule, [&](index_t h) {
+    return detail::scored_units{scores.row(h, 0)};
+  });
 }
 
 /// The defaults of SnapKV's code: 32 last queries, which stay, averages of 5. It has no groups;

@@ -88,9 +88,11 @@ struct scored_tokens {
   const score_tensor& scores;
   selection tokens;
 
-  /// Throws: shape_error if the scores do not fit, protected counts are negative or a coverage
-  /// budget meets a negative score; std::bad_alloc.
+  /// Throws: shape_error if the shape or the scores do not fit, protected counts are negative or a
+  /// coverage budget meets a negative score; std::bad_alloc.
+  /// Cost: two passes over the scores; parallel over sets and rows.
   token_lists choose(context& ctx, const method_inputs& in) const {
+    check_shape(in.shape, in.legal);
     require(scores.rows == in.shape.q_len && scores.cols == in.shape.kv_len, "scored_tokens: ",
             "scores are [", scores.sets, ", ", scores.rows, ", ", scores.cols, "], q_len is ",
             in.shape.q_len, ", kv_len ", in.shape.kv_len);

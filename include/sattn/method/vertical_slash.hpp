@@ -28,6 +28,8 @@ struct vertical_slash_method {
   /// Throws: shape_error if shapes do not fit, last_queries is not positive or protected counts are
   /// negative; std::bad_alloc.
   per_head choose(context& ctx, const method_inputs& in) const {
+    check_selection(columns);
+    check_selection(distances);
     return select_vertical_slash(
         ctx, last_query_scores(ctx, in.shape, in.q, in.k, last_queries, in.rules(reduce)), columns,
         distances);
