@@ -18,7 +18,9 @@ Exits with 1 on a fault, 2 if it could not check: compiler missing or failing, k
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import os
 import pathlib
 import re
 import shutil
@@ -322,7 +324,7 @@ def check_assembly(assembly, expected):
 
 def compile_kernels(compiler, include, folder):
     """Returns the assembly. Raises RuntimeError with the compiler's words if it fails."""
-    source = folder / "kernels.cpp"
+    source = folder / f"{pathlib.Path(compiler).name}.cpp"
     source.write_text(SOURCE, encoding="utf-8")
     output = folder / f"{pathlib.Path(compiler).name}.s"
     command = [compiler, *FLAGS, f"-I{include}", "-S", "-o", str(output), str(source)]
@@ -355,9 +357,12 @@ def print_table(rows):
 def check_compilers(compilers, include, folder):
     """Prints the table and the faults; returns the exit status."""
     rows, details, errors, faulty = [], [], [], 0
-    for name, path in compilers.items():
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        assembly = {name: pool.submit(compile_kernels, path, include, folder)
+                    for name, path in compilers.items()}
+    for name, compiled in assembly.items():
         try:
-            loops, problems = check_assembly(compile_kernels(path, include, folder), EXPECTED)
+            loops, problems = check_assembly(compiled.result(), EXPECTED)
         except RuntimeError as error:
             errors.append(f"{name}: {error}")
             continue

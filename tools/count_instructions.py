@@ -16,6 +16,7 @@ Exits with 1 if a count differs, 2 if it could not count or compare.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -174,7 +175,8 @@ def run(options, folder):
     if unknown := set(options.cases) - set(known):
         raise Failure(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     cases = options.cases or known
-    counted = {case: count(program, case, folder) for case in cases}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        counted = dict(zip(cases, pool.map(lambda case: count(program, case, folder), cases)))
     if options.record:
         content = {**toolchain, "cases": {c: worth_recording(counted[c]) for c in cases}}
         options.counts.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -81,21 +81,9 @@ class decode_data {
 struct decode_method {
   const char* name;
   const char* budget;
-  std::function<sattn::any_pattern(sattn::context&, const sattn::method_inputs&,
-                                   const sattn::stored_view& copy)>
-      choose;
+  std::function<sattn::any_method(const sattn::stored_view& copy, index_t kv_len)> made_for;
   index_t kv_heads = 1;
 };
-
-/// made_for(copy, kv_len) makes the method.
-template <class F>
-decode_method decoding_by(const char* name, const char* budget, F made_for, index_t kv_heads = 1) {
-  return {name, budget,
-          [=](sattn::context& ctx, const sattn::method_inputs& in, const sattn::stored_view& copy) {
-            return sattn::any_pattern(made_for(copy, in.shape.kv_len).choose(ctx, in));
-          },
-          kv_heads};
-}
 
 /// With as many keys for all, or the share of the attention that the source sets.
 inline std::vector<decode_method> decode_methods() {
@@ -104,23 +92,25 @@ inline std::vector<decode_method> decode_methods() {
   constexpr const char* budget = "budget1024";
   using copy = stored_view;
   return {
-      decoding_by("streaming", budget,
-                  [](const copy&, index_t) { return streaming(4, keys - 4); }),
-      decoding_by("duo", "gates0.50",
-                  [](const copy&, index_t) { return duo{{true, false}, 64, 256}; }, 2),
-      decoding_by("quest", budget, [](const copy&, index_t) { return quest(keys); }),
-      decoding_by("sf_quest", budget, [](const copy&, index_t) { return sf_quest(keys); }),
-      decoding_by("sf_quest_unshared", budget,
-                  [](const copy&, index_t) { return sf_quest(keys, 16, false); }),
-      decoding_by("top_k", budget, [](const copy&, index_t) { return top_k(keys); }),
-      decoding_by("shadow_top_k", budget, [](const copy& shadow, index_t) {
-        return shadow_top_k(keys, shadow, head_reduce::mean);
-      }),
-      decoding_by("twilight", "coverage0.85",
-                  [](const copy& shadow, index_t) { return twilight(0.85, shadow); }),
-      decoding_by("twilight_quest", "coverage0.85", [](const copy& shadow, index_t kv_len) {
-        return twilight(sf_quest(kv_len / 4), 0.85, shadow);
-      }),
+      {"streaming", budget,
+       [](const copy&, index_t) { return streaming(4, keys - 4); }},
+      {"duo", "gates0.50",
+       [](const copy&, index_t) { return duo{{true, false}, 64, 256}; }, 2},
+      {"quest", budget, [](const copy&, index_t) { return quest(keys); }},
+      {"sf_quest", budget, [](const copy&, index_t) { return sf_quest(keys); }},
+      {"sf_quest_unshared", budget,
+       [](const copy&, index_t) { return sf_quest(keys, 16, false); }},
+      {"top_k", budget, [](const copy&, index_t) { return top_k(keys); }},
+      {"shadow_top_k", budget,
+       [](const copy& shadow, index_t) {
+         return shadow_top_k(keys, shadow, head_reduce::mean);
+       }},
+      {"twilight", "coverage0.85",
+       [](const copy& shadow, index_t) { return twilight(0.85, shadow); }},
+      {"twilight_quest", "coverage0.85",
+       [](const copy& shadow, index_t kv_len) {
+         return twilight(sf_quest(kv_len / 4), 0.85, shadow);
+       }},
   };
 }
 
@@ -130,16 +120,17 @@ inline std::vector<decode_method> published_decode_methods() {
   constexpr const char* budget = "published";
   using copy = stored_view;
   return {
-      decoding_by("duo", budget, [](const copy&, index_t) { return duo{{true, false}}; }, 2),
-      decoding_by("quest", budget, [](const copy&, index_t) { return quest(); }),
-      decoding_by("sf_quest", budget, [](const copy&, index_t) { return sf_quest(); }),
-      decoding_by("sf_quest_unshared", budget,
-                  [](const copy&, index_t) { return sf_quest(1024, 16, false); }),
-      decoding_by("twilight", budget,
-                  [](const copy& shadow, index_t) { return twilight(0.85, shadow); }),
-      decoding_by("twilight_quest", budget, [](const copy& shadow, index_t kv_len) {
-        return twilight(sf_quest(kv_len / 4), 0.85, shadow);
-      }),
+      {"duo", budget, [](const copy&, index_t) { return duo{{true, false}}; }, 2},
+      {"quest", budget, [](const copy&, index_t) { return quest(); }},
+      {"sf_quest", budget, [](const copy&, index_t) { return sf_quest(); }},
+      {"sf_quest_unshared", budget,
+       [](const copy&, index_t) { return sf_quest(1024, 16, false); }},
+      {"twilight", budget,
+       [](const copy& shadow, index_t) { return twilight(0.85, shadow); }},
+      {"twilight_quest", budget,
+       [](const copy& shadow, index_t kv_len) {
+         return twilight(sf_quest(kv_len / 4), 0.85, shadow);
+       }},
   };
 }
 
@@ -151,9 +142,6 @@ inline void run_decode(benchmark::State& state, const decode_method& m, index_t 
   sattn::context ctx(serial);
   const sattn::attention_plan dense = plan_decode(ctx, data.shape(heads), sattn::dense{});
   index_t sequence = 0;
-  const any_method method{[&](sattn::context& with, const sattn::method_inputs& in) {
-    return m.choose(with, in, data.copy(sequence, heads));
-  }};
   sattn::method_plan planned;
   std::vector<double> estimating;
   const auto attend = [&](const sattn::attention_plan& plan, index_t to) {
@@ -167,7 +155,8 @@ inline void run_decode(benchmark::State& state, const decode_method& m, index_t 
   };
   c.run = [&] {
     sequence = (sequence + 1) % data.sequences(heads);
-    plan_decode_into(ctx, planned, data.q_view(heads), data.kv(sequence, heads), method,
+    plan_decode_into(ctx, planned, data.q_view(heads), data.kv(sequence, heads),
+                     m.made_for(data.copy(sequence, heads), tokens),
                      {.summaries = data.summaries(sequence, heads)});
     estimating.push_back(planned.estimate_ms);
     attend(planned.plan, sequence);
